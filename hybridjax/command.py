@@ -1,0 +1,60 @@
+"""The edge of every command: flags in, one line out for a fault that the user can mend."""
+
+import logging
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from hybridjax.config import UserError
+
+FLAGS = flags.FLAGS
+
+
+def define_config() -> None:
+    """`--config=configs/FILE.py:PRESET[,VARIANT...][,key=value...] --config.key=value ...`"""
+    config_flags.DEFINE_config_file("config", None, "configs/FILE.py[:PRESET[,VARIANT...]]")
+
+
+def config() -> ConfigDict:
+    if FLAGS.config is None:
+        raise UserError("no config: give --config=configs/hypenet.py")
+    return FLAGS.config
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses the flags and runs `main`; exits with 1 and one line on a user's fault."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        try:
+            rest = FLAGS(sys.argv)[1:]
+        except (flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
+            raise UserError(_one_line(error)) from error
+        if rest:
+            raise UserError(f"unexpected argument {rest[0]!r}: settings are --config.key=value")
+        prepare_jax()
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def prepare_jax() -> None:
+    """The CPU where no accelerator answers; compiled programs are kept between runs."""
+    try:
+        jax.devices()
+    except RuntimeError:
+        jax.config.update("jax_platforms", "cpu")
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if cache is None:
+        home = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(home / "hybridjax" / "compiled"))
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,1 @@
+"""One file per benchmark; each takes a model and returns plain numbers."""

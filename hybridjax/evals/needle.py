@@ -1,0 +1,111 @@
+"""Needle in a haystack: exact match of a fact's value by length and depth.
+
+A test is real text with `facts` facts of one form; the question at its end asks for one of them,
+the others are distractors. Answers are teacher-forced: exact if every token of the answer is the
+likeliest.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from hybridjax.data.retrieval import Haystack, Needles, needle_batch
+from hybridjax.models.decoder import Decoder
+from hybridjax.mixers.base import Context
+
+TOKENS = 16384  # in one call of the model
+TAIL = 32  # tokens at the end of a row whose predictions are looked at
+NO_SCALING = 1e30  # as logit base: ln(t + a) / ln(a) is exactly 1 in f32
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """The tests of one length and one logit base."""
+
+    length: int
+    times: int  # of the training length
+    facts: int
+    logit_base: float | None
+    exact: float
+    deep: float | None  # exact match where the fact lies before the last training length
+    near: float | None  # and where it lies within it
+    deep_examples: int
+    examples: int
+    by_depth: tuple[float, ...]  # from the start of the row to the question
+    chance: float
+
+
+def needle(
+    model: Decoder,
+    haystack: Haystack,
+    *,
+    train_length: int,
+    times: int,
+    facts: int,
+    examples: int,
+    logit_bases: tuple[float | None, ...],
+    depths: int = 10,
+    seed: int = 0,
+) -> list[Cell]:
+    """Exact match at `times` the training length, one cell per logit base (None: no scaling)."""
+    length = times * train_length
+    fractions = np.linspace(0, 1, depths)
+    tests = [
+        needle_batch(haystack, seed, -(-examples // depths), length, facts=facts, depth=float(f))
+        for f in fractions
+    ]
+    deep = np.concatenate([t.distance for t in tests]) > train_length
+    cells = []
+    for base in logit_bases:
+        exact = np.stack([exact_match(model, t, base) for t in tests])
+        flat = exact.reshape(-1)
+        cells.append(
+            Cell(
+                length=length,
+                times=times,
+                facts=facts,
+                logit_base=base,
+                exact=float(flat.mean()),
+                deep=float(flat[deep].mean()) if deep.any() else None,
+                near=float(flat[~deep].mean()) if not deep.all() else None,
+                deep_examples=int(deep.sum()),
+                examples=flat.size,
+                by_depth=tuple(float(x) for x in exact.mean(axis=1)),
+                chance=10.0 ** -tests[0].values.shape[1],
+            )
+        )
+    return cells
+
+
+def exact_match(
+    model: Decoder, tests: Needles, logit_base: float | None
+) -> Float[np.ndarray, " n"]:
+    """1 for each test whose whole answer is predicted."""
+    n, length = tests.tokens.shape
+    rows = max(1, min(n, TOKENS // length))
+    tail = min(TAIL, length)
+    base = jnp.float32(NO_SCALING if logit_base is None else logit_base)
+    predicted = tests.targets.copy()
+    for start in range(0, n, rows):
+        batch = tests.tokens[start : start + rows]
+        padded = np.pad(batch, ((0, rows - len(batch)), (0, 0)))  # one shape, one compilation
+        out = np.asarray(_predict(model, padded, base, tail))
+        predicted[start : start + rows, -tail:] = out[: len(batch)]
+    return tests.exact(predicted)
+
+
+@jax.jit(static_argnums=3)
+def _predict(
+    model: Decoder, tokens: Int[Array, "B T"], logit_base: Float[Array, ""], tail: int
+) -> Int[Array, "B tail"]:
+    ctx = Context.of_rows(tokens, logit_base=logit_base)
+    h = model.hidden(tokens, ctx)
+    return jnp.argmax(model.logits(h[:, -tail:]), axis=-1)
+
+
+def as_records(cells: list[Cell]) -> list[dict[str, Any]]:
+    return [dataclasses.asdict(cell) for cell in cells]

@@ -1,0 +1,169 @@
+"""Measures a run: `python -m hybridjax.evaluate --workdir=runs/hypenet-tiny`.
+
+Chooses the base of the log scaling on text, then measures held-out bits per byte and needle exact
+match up to 32 times the training length, with and without the scaling. Writes `evaluation.json`
+and pictures into the work directory. `--compare=DIR,DIR...` puts measured runs into one figure.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from hybridjax import command
+from hybridjax.checkpoint import update_metadata
+from hybridjax.config import Config, UserError
+from hybridjax.data.retrieval import Haystack
+from hybridjax.data.text import SHA256
+from hybridjax.data.tokenizer import Tokenizer
+from hybridjax.evals import heldout, needle, plots
+from hybridjax.metrics import read_metrics
+from hybridjax.models.decoder import Decoder
+from hybridjax.workdir import Run, open_run
+
+RESULTS = "evaluation.json"
+
+
+def main() -> None:
+    if flags.FLAGS.compare:
+        compare([pathlib.Path(p) for p in flags.FLAGS.compare], pathlib.Path(flags.FLAGS.output))
+    elif flags.FLAGS.workdir:
+        report(flags.FLAGS.workdir)
+    else:
+        raise UserError("nothing to evaluate: give --workdir=DIR or --compare=DIR,DIR")
+
+
+def report(workdir: str | os.PathLike) -> dict[str, Any]:
+    """Measures the newest checkpoint of a run; writes numbers and pictures beside it."""
+    run = open_run(workdir)
+    results = measure(run)
+    update_metadata(workdir, run.step, {"logit_base": results["logit_base"]})
+    (run.workdir / RESULTS).write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+    plots.loss(read_metrics(workdir), run.workdir / "loss.png", title=run.config.name)
+    plots.needle_heatmap(results, run.workdir / "needle.png")
+    print(table(results))
+    print(f"numbers: {run.workdir / RESULTS}   picture: {run.workdir / 'needle.png'}")
+    return results
+
+
+def measure(run: Run) -> dict[str, Any]:
+    """All that `evaluation.json` holds."""
+    config, ev = run.config, run.config.evaluation
+    lengths = tuple(times * config.seq_len for times in ev.lengths)
+    base, bits = heldout.choose_logit_base(
+        run.model, run.tokenizer, lengths, ev.heldout_tokens, ev.logit_bases
+    )
+    bases = (None,) if base is None else (None, base)
+    texts = [
+        heldout.bits_per_byte(
+            run.model,
+            run.tokenizer,
+            heldout.rows_of_text(run.tokenizer, "heldout", length, ev.heldout_tokens),
+            b,
+        )
+        for length in lengths
+        for b in bases
+    ]
+    haystack = Haystack(run.tokenizer, "heldout", **ev.task)
+    cells = [
+        cell
+        for facts in ev.facts
+        for times in ev.lengths
+        if _fits(haystack, times * config.seq_len, facts)
+        for cell in needle.needle(
+            run.model,
+            haystack,
+            train_length=config.seq_len,
+            times=times,
+            facts=facts,
+            examples=ev.examples,
+            logit_bases=bases,
+        )
+    ]
+    return dict(
+        name=config.name,
+        step=run.step,
+        seed=config.seed,
+        train_length=config.seq_len,
+        tokens=run.step * config.batch_size * config.seq_len,
+        text_sha256=SHA256,
+        logit_base=base,
+        tune_bits_per_byte={
+            "none" if math.isinf(b) else f"{b:g}": value for b, value in bits.items()
+        },
+        heldout=[dataclasses.asdict(t) for t in texts],
+        needle=needle.as_records(cells),
+    )
+
+
+def during_training(model: Decoder, tokenizer: Tokenizer, config: Config) -> dict[str, float]:
+    """The few numbers that a run logs as it goes, without log scaling."""
+    ev, length = config.evaluation, config.seq_len
+    rows = heldout.rows_of_text(tokenizer, "heldout", length, ev.heldout_tokens)
+    text = heldout.bits_per_byte(model, tokenizer, rows)
+    results = {"heldout_bits_per_byte": text.bits_per_byte}
+    haystack = Haystack(tokenizer, "heldout", **ev.task)
+    for times in ev.lengths[::3][:2]:
+        [cell] = needle.needle(
+            model,
+            haystack,
+            train_length=length,
+            times=times,
+            facts=ev.facts[0],
+            examples=100,
+            logit_bases=(None,),
+        )
+        results[f"needle_{times}x"] = cell.exact
+    return results
+
+
+def compare(workdirs: Sequence[pathlib.Path], output: pathlib.Path) -> None:
+    """One figure of needle exact match by length over several measured runs."""
+    results = []
+    for workdir in workdirs:
+        path = workdir / RESULTS
+        if not path.exists():
+            raise UserError(f"{workdir} is not measured: run hybridjax.evaluate --workdir={workdir}")
+        results.append(json.loads(path.read_text()))
+    plots.needle_lines(results, output)
+    for result in results:
+        print(table(result))
+    print(f"picture: {output}")
+
+
+def table(results: dict[str, Any]) -> str:
+    """The needle cells as text; `deep` are facts before the last training length."""
+    show = lambda x: "   -  " if x is None else f"{x:6.3f}"
+    chance = results["needle"][0]["chance"] if results["needle"] else 0.0
+    lines = [
+        f"{results['name']}, step {results['step']}, trained at {results['train_length']}; "
+        f"needle exact match (chance {chance:g})",
+        f"{'facts':>5} {'length':>8} {'':>5} {'base a':>7} {'all':>6} {'deep':>6} {'near':>6}",
+    ]
+    for c in results["needle"]:
+        base = "none" if c["logit_base"] is None else f"{c['logit_base']:g}"
+        lines.append(
+            f"{c['facts']:5} {c['length']:8} {c['times']:4}x {base:>7} "
+            f"{show(c['exact'])} {show(c['deep'])} {show(c['near'])}"
+        )
+    return "\n".join(lines)
+
+
+def _fits(haystack: Haystack, length: int, facts: int) -> bool:
+    try:
+        haystack.check(length + 1, facts)
+    except UserError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "the run to measure")
+    flags.DEFINE_list("compare", [], "measured runs to draw in one figure")
+    flags.DEFINE_string("output", "comparison.png", "where the comparison's picture goes")
+    command.run(main)

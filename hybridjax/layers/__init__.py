@@ -1,0 +1,1 @@
+"""What blocks and mixers are made of."""

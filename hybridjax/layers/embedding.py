@@ -1,0 +1,36 @@
+"""The token embedding."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from hybridjax.sharding import current_spec, place
+
+
+class Embedding(nnx.Module):
+    """A table of one vector per token of the vocabulary."""
+
+    def __init__(self, vocab: int, width: int, key: jax.Array, *, std: float):
+        table = jax.random.normal(key, (vocab, width)) * std
+        self.table = nnx.Param(table, axes=("vocab", "embed"))
+
+    def __call__(self, tokens: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
+        # The rows are gathered over `vocab` too: a lookup into a sharded table would be a
+        # one-hot product of its size.
+        table = place(self.table[...].astype(dtype), None, None)
+        out = current_spec(("batch", "length", None), (*tokens.shape, table.shape[1]))
+        return table.at[tokens].get(out_sharding=out)
+
+    def attend(self, h: Float[Array, "B T D"]) -> Float[Array, "B T vocab"]:
+        """Logits of a tied output head, in f32."""
+        return head_logits(h, self.table[...].T)
+
+
+def head_logits(h: Float[Array, "B T D"], kernel: Float[Array, "D vocab"]) -> Array:
+    """`h W` accumulated in f32, sharded over the vocabulary."""
+    kernel = place(kernel.astype(h.dtype), None, "vocab")
+    out = current_spec(("batch", "length", "vocab"), (*h.shape[:2], kernel.shape[1]))
+    return jnp.einsum(
+        "btd,dv->btv", h, kernel, out_sharding=out, preferred_element_type=jnp.float32
+    )

@@ -1,0 +1,39 @@
+"""Linear maps, sharded by the logical axes of their kernels."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from hybridjax.sharding import current_spec, place, ways
+
+
+class Linear(nnx.Module):
+    """`y = x W (+ b)`; the kernel's `embed` axis is gathered where it is used (FSDP)."""
+
+    def __init__(
+        self, shape: tuple[int, int], axes: tuple[str, str], key: jax.Array, *, bias: bool = False
+    ):
+        """Args:
+        shape: (inputs, outputs).
+        axes: the logical axes of both; one of them is "embed".
+        """
+        kernel = jax.random.normal(key, shape) * shape[0] ** -0.5
+        self.kernel = nnx.Param(kernel, axes=axes)
+        self.bias = nnx.Param(jnp.zeros(shape[1]), axes=axes[1:]) if bias else None
+
+    def __call__(self, x: Float[Array, "B T in"]) -> Float[Array, "B T out"]:
+        axes = [None if axis == "embed" else axis for axis in self.kernel.get_metadata()["axes"]]
+        kernel = place(self.kernel[...].astype(x.dtype), *axes)
+        out = current_spec(("batch", "length", axes[1]), (*x.shape[:2], kernel.shape[1]))
+        y = jnp.einsum("bti,io->bto", x, kernel, out_sharding=out)
+        if self.bias is not None:
+            y = y + place(self.bias[...].astype(x.dtype), axes[1])
+        return y
+
+
+def split_heads(y: Float[Array, "B T HK"], head_dim: int) -> Float[Array, "B T H K"]:
+    """Splits the last axis into heads; they stay sharded if they divide among the devices."""
+    heads = y.shape[-1] // head_dim
+    y = place(y, "batch", "length", "heads" if heads % ways("heads") == 0 else None)
+    return y.reshape(*y.shape[:2], heads, head_dim)

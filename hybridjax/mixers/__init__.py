@@ -1,0 +1,20 @@
+"""Token mixers: one file each, behind the contract of `base.py`; the registry of their names."""
+
+from ml_collections import ConfigDict
+
+from hybridjax.config import spec
+
+MIXERS = {
+    "attention": "hybridjax.mixers.attention:Attention",
+    "lightning": "hybridjax.mixers.lightning:Lightning",
+    "choice": "hybridjax.mixers.choice:Choice",
+}
+
+
+def mixer(type: str, **options) -> ConfigDict:
+    """The spec of a mixer for a config's legend: `mixer("lightning", heads=16, head_dim=128)`.
+
+    `type` is a name of `MIXERS` or `package.module:Class`; the options are the keyword-only
+    arguments of that class.
+    """
+    return spec(type, MIXERS, **options)

@@ -1,0 +1,171 @@
+"""Softmax attention: full or sliding-window, rotary or position-free, grouped or not.
+
+HypeNet's layers are position-free, with log-scaled logits at inference (arXiv 2601.22156, eq. 11):
+queries are multiplied by ln(t + a) / ln(a), t from 0 in each document. With `rope=True` and
+`gate=False` this is Qwen3's layer.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from hybridjax.layers.linear import Linear, split_heads
+from hybridjax.layers.norm import RMSNorm
+from hybridjax.layers.position import rotary_angles, rotate
+from hybridjax.mixers.base import Context, Mixer, new_length, place_state, state, state_field
+from hybridjax.sharding import over_mesh, ways
+from pallas_kernels.attention import attention
+
+_HEADS = ("batch", None, "heads", None)
+
+
+@state
+class KeyValueCache:
+    """All keys and values: `2 B S G K` elements, S = max_length."""
+
+    keys: Float[Array, "B S G K"] = state_field(*_HEADS)
+    values: Float[Array, "B S G K"] = state_field(*_HEADS)
+    length: Int[Array, " B"] = state_field("batch")
+
+    def append(self, k: Array, v: Array, ctx: Context) -> "KeyValueCache":
+        """Writes the real tokens of k, v `[B, T, G, K]` behind each row's last."""
+        index = self.length[:, None] + jnp.arange(k.shape[1])
+        index = jnp.where(ctx.segments > 0, index, self.keys.shape[1])  # padding: out of range
+        rows = jnp.arange(k.shape[0])[:, None]
+        write = lambda cache, new: cache.at[rows, index].set(new.astype(cache.dtype), mode="drop")
+        keys, values = write(self.keys, k), write(self.values, v)
+        return KeyValueCache(keys, values, new_length(self.length, ctx))
+
+
+@state
+class WindowCache:
+    """The last `window` keys and values, newest at the end: `2 B window G K` elements."""
+
+    keys: Float[Array, "B W G K"] = state_field(*_HEADS)
+    values: Float[Array, "B W G K"] = state_field(*_HEADS)
+    length: Int[Array, " B"] = state_field("batch")
+
+    def index(self) -> Int[Array, "B W"]:
+        """The position of the token in each slot; negative where there is none yet."""
+        window = self.keys.shape[1]
+        return self.length[:, None] + jnp.arange(-window, 0)
+
+    def shift(self, keys: Array, values: Array, ctx: Context) -> "WindowCache":
+        """Keeps the newest real tokens of keys, values `[B, window + T, G, K]`."""
+        length = new_length(self.length, ctx)
+        window = self.keys.shape[1]
+        newest = jax.vmap(lambda x, start: jax.lax.dynamic_slice_in_dim(x, start, window))
+        keep = lambda x: newest(x, length - self.length)
+        return WindowCache(keep(keys), keep(values), length)
+
+
+class Attention(Mixer):
+    def __init__(
+        self,
+        width: int,
+        key: jax.Array,
+        *,
+        heads: int,
+        head_dim: int,
+        kv_heads: int | None = None,
+        rope: bool = False,
+        theta: float = 10_000.0,
+        window: int | None = None,
+        qk_norm: bool = True,
+        gate: bool = True,
+        eps: float = 1e-6,
+    ):
+        """`window`: the number of keys a query sees, its own included; None: all before it."""
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads or heads, head_dim
+        self.rope, self.theta, self.window = rope, theta, window
+        inner, kv_inner = heads * head_dim, self.kv_heads * head_dim
+        keys = jax.random.split(key, 5)
+        self.query = Linear((width, inner), ("embed", "heads"), keys[0])
+        self.key = Linear((width, kv_inner), ("embed", "heads"), keys[1])
+        self.value = Linear((width, kv_inner), ("embed", "heads"), keys[2])
+        self.gate = Linear((width, inner), ("embed", "heads"), keys[3]) if gate else None
+        self.output = Linear((inner, width), ("heads", "embed"), keys[4])
+        self.query_norm = RMSNorm(head_dim, eps=eps) if qk_norm else None
+        self.key_norm = RMSNorm(head_dim, eps=eps) if qk_norm else None
+
+    def __call__(
+        self, x: Float[Array, "B T D"], ctx: Context, window: Int[Array, ""] | None = None
+    ) -> Float[Array, "B T D"]:
+        """`window`, where given, is the layer's window as traced data (a searched pattern)."""
+        q, k, v = self._heads(x, ctx)
+        segments = dict(q_segments=ctx.segments, k_segments=ctx.segments)
+        return self._output(x, self._attend(q, k, v, window, **segments))
+
+    def init_state(self, batch: int, max_length: int, dtype: jnp.dtype):
+        slots = max_length if self.window is None else self.window
+        buffer = jnp.zeros((batch, slots, self.kv_heads, self.head_dim), dtype)
+        kind = KeyValueCache if self.window is None else WindowCache
+        return place_state(kind(buffer, buffer, jnp.zeros(batch, jnp.int32)))
+
+    def extend(self, x: Float[Array, "B T D"], state, ctx: Context):
+        q, k, v = self._heads(x, ctx)
+        q_index = state.length[:, None] + jnp.arange(x.shape[1])
+        if self.window is None:
+            state = state.append(k, v, ctx)
+            slots = jnp.arange(state.keys.shape[1])
+            k_index = jnp.broadcast_to(slots, (x.shape[0], slots.size))
+            o = self._attend(q, state.keys, state.values, None, q_index=q_index, k_index=k_index)
+            return self._output(x, o), state
+        keys = jnp.concatenate([state.keys, k.astype(state.keys.dtype)], axis=1)
+        values = jnp.concatenate([state.values, v.astype(state.values.dtype)], axis=1)
+        k_index = jnp.concatenate([state.index(), q_index], axis=1)
+        seen = (k_index >= 0).astype(jnp.int32)
+        o = self._attend(
+            q, keys, values, None,
+            q_index=q_index, k_index=k_index, q_segments=jnp.ones_like(q_index), k_segments=seen,
+        )  # fmt: skip
+        return self._output(x, o), state.shift(keys, values, ctx)
+
+    def _heads(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, Array, Array]:
+        """Queries `[B, T, H, K]` and keys, values `[B, T, G, K]`, as they meet in the softmax."""
+        projections = (self.query, self.key, self.value)
+        q, k, v = (split_heads(project(x), self.head_dim) for project in projections)
+        if self.query_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if self.rope:
+            angles = rotary_angles(ctx.positions, self.head_dim, self.theta)
+            q, k = rotate(q, angles), rotate(k, angles)
+        if ctx.logit_base is not None:
+            scale = jnp.log(ctx.positions + ctx.logit_base) / jnp.log(ctx.logit_base)
+            q = (q * scale[:, :, None, None]).astype(q.dtype)
+        return q, k, v
+
+    def _attend(self, q, k, v, window, **index) -> Float[Array, "B T H K"]:
+        window = self.window if window is None else window
+        repeats = _kv_repeats(self.heads, self.kv_heads)
+        if repeats > 1:
+            k, v = jnp.repeat(k, repeats, axis=2), jnp.repeat(v, repeats, axis=2)
+        names = list(index)
+
+        def kernel(q, k, v, window, *arrays):
+            return attention(q, k, v, window=window, **dict(zip(names, arrays, strict=True)))
+
+        if window is None or isinstance(window, int):  # static: kernels may specialise on it
+            f = lambda q, k, v, *arrays: kernel(q, k, v, window, *arrays)
+            arguments, in_axes = (q, k, v), (_HEADS,) * 3
+        else:
+            f, arguments, in_axes = kernel, (q, k, v, window), (_HEADS,) * 3 + ((),)
+        in_axes += (("batch", None),) * len(index)
+        return over_mesh(f, in_axes, (_HEADS, q.shape))(*arguments, *index.values())
+
+    def _output(self, x, o):
+        o = o.reshape(*x.shape[:2], -1)
+        if self.gate is not None:
+            o = o * jax.nn.sigmoid(self.gate(x))
+        return self.output(o)
+
+
+def _kv_repeats(heads: int, kv_heads: int) -> int:
+    """How often each K/V head is repeated so that every device holds those its queries read."""
+    devices = ways("heads")
+    if heads % devices:
+        return 1  # query heads are replicated, and so are K/V heads
+    return math.lcm(kv_heads, devices) // kv_heads

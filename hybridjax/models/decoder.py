@@ -1,0 +1,253 @@
+"""The decoder: an embedding, a stack of blocks described by a string, and an output head.
+
+Everything that runs over the stack is one primitive, `Decoder.fold`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from hybridjax.config import ModelConfig, UserError
+from hybridjax.layers.embedding import Embedding, head_logits
+from hybridjax.layers.norm import RMSNorm
+from hybridjax.mixers.base import Context, batch_axes, new_length
+from hybridjax.models.block import Block
+from hybridjax.models.plan import Group, plan
+from hybridjax.sharding import place
+
+REMAT = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "names": jax.checkpoint_policies.save_only_these_names("mixer", "mlp"),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PerLayer:
+    """One value per letter of the stack, laid out as the stack is: per group, per letter of its
+    pattern, a tree whose arrays lead with the group's repeats."""
+
+    groups: tuple[tuple[Any, ...], ...]
+
+    def stack(self) -> Any:
+        """The values along one leading axis, in layer order, where all have the same shapes."""
+        rows = []
+        for group in self.groups:
+            repeats = len(jax.tree.leaves(group)[0])
+            rows += [jax.tree.map(lambda x, r=r: x[r], v) for r in range(repeats) for v in group]
+        return jax.tree.map(lambda *x: jnp.stack(x), *rows)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecoderState:
+    """What decoding carries: a value, so it can be kept, copied and continued in several ways."""
+
+    layers: PerLayer
+    length: Int[Array, " B"]
+    max_length: int = dataclasses.field(metadata={"static": True})
+
+    def batch_axes(self) -> "DecoderState":
+        """For each array the index of its batch axis."""
+        groups = tuple(
+            tuple(tuple(batch_axes(s, stacked=True) for s in states) for states in group)
+            for group in self.layers.groups
+        )
+        return DecoderState(PerLayer(groups), 0, self.max_length)
+
+
+class Decoder(nnx.Module):
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        """Raises `UserError` for a stack that cannot be planned or a legend that cannot be built."""
+        if config.remat not in REMAT:
+            raise UserError(f"remat is {config.remat!r}: use one of {', '.join(REMAT)}")
+        new_block = lambda letter, key, depth=1: Block(
+            config.blocks[letter], config.width, key, depth=depth, norm_eps=config.norm_eps
+        )
+        legend = {
+            letter: jax.eval_shape(lambda letter=letter: new_block(letter, key)).letter
+            for letter in config.blocks
+        }
+        self.layers, self.plan = config.layers, plan(config.layers, legend)
+        self.counted = tuple(i for i, c in enumerate(config.layers) if legend[c].counted)
+        self.dtype, self.remat, self.scan = config.dtype, config.remat, config.scan
+
+        embedding_key, head_key, layers_key = jax.random.split(key, 3)
+        new_layer = lambda letter, index: new_block(
+            letter, jax.random.fold_in(layers_key, index), len(self.counted)
+        )
+        self.embedding = Embedding(
+            config.vocab, config.width, embedding_key, std=config.embedding_std
+        )
+        self.groups = nnx.List(
+            [nnx.List([_stacked(new_layer, g, j) for j in range(len(g.pattern))])
+             for g in self.plan]
+        )  # fmt: skip
+        self.norm = RMSNorm(config.width, eps=config.norm_eps)
+        kernel = jax.random.normal(head_key, (config.width, config.vocab)) * config.width**-0.5
+        self.head = None if config.tied else nnx.Param(kernel, axes=("embed", "vocab"))
+
+    # ------------------------------------------------------------ training and evaluation
+
+    def __call__(
+        self, tokens: Int[Array, "B T"], ctx: Context | None = None, data: Any = None
+    ) -> Float[Array, "B T vocab"]:
+        """Next-token logits in f32; `ctx=None`: each row is one document."""
+        return self.logits(self.hidden(tokens, ctx, data))
+
+    def hidden(
+        self, tokens: Int[Array, "B T"], ctx: Context | None = None, data: Any = None
+    ) -> Float[Array, "B T D"]:
+        """The stream after the last block, normalised: what the head reads.
+
+        `data`: per-layer data for the blocks (a `choice`'s selector, a traced window), `[L, ...]`.
+        """
+        ctx = Context.of_rows(tokens) if ctx is None else ctx
+        h = self.embedding(tokens, jnp.dtype(self.dtype))
+        extra = () if data is None else (data,)
+        h, _ = self.fold(_apply, h, ctx, *extra)
+        return self.norm(h)
+
+    def logits(self, h: Float[Array, "B T D"]) -> Float[Array, "B T vocab"]:
+        if self.head is None:
+            return self.embedding.attend(h)
+        return head_logits(h, self.head[...])
+
+    # ------------------------------------------------------------ decoding
+
+    def init_state(self, batch: int, max_length: int) -> DecoderState:
+        """The state before the first token, with room for `max_length` tokens per row."""
+        dtype = jnp.dtype(self.dtype)
+
+        def of(block, group):
+            state = block.init_state(batch, max_length, dtype)
+            return jax.tree.map(lambda x: jnp.broadcast_to(x, (group.repeats, *x.shape)), state)
+
+        layers = PerLayer(
+            tuple(
+                tuple(of(block, group) for block in blocks)
+                for blocks, group in zip(self.groups, self.plan, strict=True)
+            )
+        )
+        return DecoderState(layers, place(jnp.zeros(batch, jnp.int32), "batch"), max_length)
+
+    def extend(
+        self,
+        tokens: Int[Array, "B T"],
+        state: DecoderState,
+        segments: Int[Array, "B T"] | None = None,
+        logit_base: Float[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B T D"], DecoderState]:
+        """Consumes tokens after those that the state has seen: prefill in pieces, and decoding.
+
+        `segments`: 1 for tokens, 0 for padding at the right; None: all are tokens.
+        Returns what `logits` reads, and the new state.
+        """
+        positions = state.length[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        segments = jnp.ones_like(tokens) if segments is None else segments
+        ctx = Context(positions, segments, logit_base)
+        h = self.embedding(tokens, jnp.dtype(self.dtype))
+
+        def advance(block, h, ctx, states):
+            h, states, ctx = block.extend(h, states, ctx)
+            return h, ctx, states
+
+        h, layers = self.fold(advance, h, ctx, state.layers)
+        return self.norm(h), dataclasses.replace(
+            state, layers=layers, length=new_length(state.length, ctx)
+        )
+
+    # ------------------------------------------------------------ the stack
+
+    def fold(
+        self, f: Callable, h: Float[Array, "B T D"], ctx: Context, *per_layer: Any
+    ) -> tuple[Float[Array, "B T D"], PerLayer]:
+        """Folds `f(block, h, ctx, *extra) -> (h, ctx, out)` over the blocks, first to last.
+
+        The context that `f` returns carries what the block published to the blocks above.
+        Repeated groups are scanned, each block under the model's remat policy.
+
+        Args:
+          per_layer: trees whose arrays lead with one entry per letter of the stack, or `PerLayer`;
+            `f` gets each layer's part as `extra`.
+        Returns:
+          the last h, and every `out`.
+        """
+        rest = [self._by_group(values) for values in per_layer]
+        policy = REMAT[self.remat]
+
+        def call(block, h, ctx, *extra):
+            step = lambda block, h, ctx, *extra: f(block, h, ctx, *extra)
+            if self.remat != "none":
+                step = jax.checkpoint(step, policy=policy)
+            return step(block, h, ctx, *extra)
+
+        outs = []
+        for group, blocks, *extras in zip(self.plan, self.groups, *rest, strict=True):
+
+            def repeat(h, ctx, blocks, extras):
+                out = []
+                for block, *extra in zip(blocks, *extras, strict=True):
+                    h, ctx, o = call(block, h, ctx, *extra)
+                    out.append(o)
+                return h, ctx, tuple(out)
+
+            xs = (tuple(blocks), extras)
+            if self.scan and group.repeats > 1:
+
+                def body(h, x, ctx=ctx):
+                    h, _, out = repeat(h, ctx, *x)  # what a repeat publishes ends with it
+                    return h, out
+
+                h, out = jax.lax.scan(body, h, xs)
+            else:
+                each = []
+                for r in range(group.repeats):
+                    h, ctx, out = repeat(h, ctx, *jax.tree.map(lambda x, r=r: x[r], xs))
+                    each.append(out)
+                out = jax.tree.map(lambda *x: jnp.stack(x), *each)
+            outs.append(out)
+        return h, PerLayer(tuple(outs))
+
+    def layer(self, index: int) -> Block:
+        """The index-th layer that adds to the stream, as a block of its own (a copy)."""
+        letter = self.counted[index]
+        for group, blocks in zip(self.plan, self.groups, strict=True):
+            if group.start <= letter < group.stop:
+                repeat, j = divmod(letter - group.start, len(group.pattern))
+                return jax.tree.map(lambda x: x[repeat], blocks[j])
+        raise IndexError(index)
+
+    @property
+    def align(self) -> int:
+        """Documents of a packed row start at multiples of this many tokens."""
+        return max(block.align for blocks in self.groups for block in blocks)
+
+    def _by_group(self, values: Any) -> tuple[tuple[Any, ...], ...]:
+        if isinstance(values, PerLayer):
+            return values.groups
+        return tuple(
+            tuple(
+                jax.tree.map(lambda x, g=g, j=j: x[g.start + j : g.stop : len(g.pattern)], values)
+                for j in range(len(g.pattern))
+            )
+            for g in self.plan
+        )
+
+
+def _apply(block: Block, h, ctx, *data):
+    h, ctx = block(h, ctx, *data)
+    return h, ctx, None
+
+
+def _stacked(new_layer: Callable, group: Group, position: int) -> Block:
+    """The blocks at one position of a group's pattern, stacked over its repeats."""
+    indices = group.start + position + len(group.pattern) * jnp.arange(group.repeats)
+    return jax.vmap(lambda index: new_layer(group.pattern[position], index))(indices)

@@ -1,0 +1,270 @@
+"""Trains a model: `python -m hybridjax.train --config=configs/hypenet.py`.
+
+The same command again resumes where the work directory stands. Read `main` from top to bottom.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags
+from jaxtyping import Array, Float, Int
+
+from hybridjax import command, evaluate, metrics
+from hybridjax.checkpoint import Checkpoints, claim, restore_model
+from hybridjax.config import Config, UserError, typed
+from hybridjax.data.pipeline import make_loader
+from hybridjax.data.tokenizer import load_tokenizer
+from hybridjax.loss import next_token_loss
+from hybridjax.mixers.base import Context
+from hybridjax.models.decoder import Decoder
+from hybridjax.optimizer import make_optimizer, may_change_steps, schedule
+from hybridjax.sharding import make_mesh, named_sharding, place, place_parameters
+
+MAY_CHANGE = ("steps", "log_every", "checkpoint.*", "evaluation.*", "mesh.*", "name")
+
+Batch = dict[str, Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    step: Int[Array, ""]
+    model: Decoder
+    opt_state: optax.OptState
+
+
+def main() -> None:
+    config = typed(command.config())
+    workdir = pathlib.Path(flags.FLAGS.workdir or f"runs/{config.name}")
+
+    # ------------------------------------------------------------ mesh and data
+    mesh = make_mesh(config.mesh)
+    jax.set_mesh(mesh)
+    tokenizer = _load_tokenizer(config)
+    _check_batch(config)
+    align = jax.eval_shape(lambda: Decoder(config.model, jax.random.key(0))).align
+    loader = make_loader(
+        config.data,
+        seq_len=config.seq_len,
+        batch_size=config.batch_size // jax.process_count(),
+        seed=config.seed,
+        align=align,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    previous = claim(workdir, dataclasses.asdict(config), allowed=MAY_CHANGE)
+
+    # ------------------------------------------------------------ model and optimizer
+    key = jax.random.key(config.seed)
+    new_model = lambda: place_parameters(Decoder(config.model, key))
+    optimizer = make_optimizer(config.optimizer, config.steps, jax.eval_shape(new_model))
+    learning_rate = schedule(config.optimizer, config.steps)
+
+    @jax.jit
+    def new_state() -> TrainState:
+        model = new_model()
+        return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model))
+
+    train_step = make_train_step(optimizer, config)
+
+    # ------------------------------------------------------------ start: in order of precedence
+    # 1. this run's own newest checkpoint   2. another run's model   3. scratch
+    checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep, best=config.checkpoint.best)
+    if checkpoints.latest is not None:
+        state, step, metadata = checkpoints.restore(new_state.eval_shape(), loader)
+        _check_length(config, previous, step)
+    else:
+        state, step, metadata = new_state(), 0, {}
+        if config.init_from:
+            source, _, at = config.init_from.partition("@")
+            model, _, _ = restore_model(source, state.model, int(at) if at else None)
+            state = dataclasses.replace(state, model=model)
+
+    writer = metrics.MetricWriter(workdir, resume_step=step)
+    tokens_per_step = config.batch_size * config.seq_len
+    progress = metrics.Progress(
+        config.steps, tokens_per_step, step, flops_per_token(state.model, config.seq_len)
+    )
+    parameters = sum(x.size for x in jax.tree.leaves(state.model))
+    progress.note(
+        f"{config.name}: {parameters:,} parameters, {config.model.layers}, "
+        f"{mesh.size} {jax.devices()[0].platform} device(s), {workdir}"
+        + (f", resumed at step {step}" if step else "")
+    )
+
+    # ------------------------------------------------------------ the loop
+    stop = _stop_on_sigterm()
+    results = metadata.get("metrics", {})
+    unchecked: list[tuple[int, Float[Array, ""]]] = []  # losses that no one has looked at yet
+
+    def check_finite() -> None:
+        for at, loss in unchecked:
+            if not np.isfinite(loss):
+                raise UserError(
+                    f"the loss is {float(loss)} at step {at}; the last good checkpoint is at step "
+                    f"{checkpoints.latest}: lower the learning rate or look at the data there"
+                )
+        unchecked.clear()
+
+    def save() -> None:
+        check_finite()
+        checkpoints.save(step, state, loader, {"metrics": results})
+
+    try:
+        while step < config.steps and not stop.is_set():
+            batch = put_batch(next(loader))
+            state, scalars = train_step(state, batch)
+            step += 1
+            unchecked.append((step, scalars["loss"]))
+
+            if step % config.log_every == 0 or step == config.steps:
+                scalars = {name: float(value) for name, value in scalars.items()}
+                check_finite()
+                speed = progress.report(step, scalars["loss"])
+                rate = float(learning_rate(step - 1))
+                writer.write(step, {**scalars, "learning_rate": rate, **speed})
+            if step % config.evaluation.every == 0 or step == config.steps:
+                with progress.pause():
+                    results = evaluate.during_training(state.model, tokenizer, config)
+                    writer.write(step, results)
+                    progress.note("  ".join(f"{k} {v:.3f}" for k, v in results.items()))
+            if step % config.checkpoint.every == 0 or step == config.steps:
+                with progress.pause():
+                    save()
+        save()
+    finally:
+        checkpoints.close()
+        writer.close()
+
+    # ------------------------------------------------------------ what it has learnt
+    if step < config.steps:
+        progress.note(f"stopped at step {step}; the same command resumes")
+        return
+    evaluate.report(workdir)
+
+
+def make_train_step(
+    optimizer: optax.GradientTransformation, config: Config
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+    """One jitted update; `accumulate` microbatches give the gradient of the whole batch."""
+
+    def loss_sum(model: Decoder, batch: Batch) -> tuple[Array, dict[str, Array]]:
+        ctx = Context(batch["positions"], batch["segments"])
+        h = model.hidden(batch["tokens"], ctx)
+        weights = batch["loss_weights"]
+        total, nats, hit = next_token_loss(model, h, batch["targets"], weights, config.z_loss)
+        real, asked = batch["segments"] > 0, batch["answers"] > 0
+        return total, dict(
+            nats=jnp.sum(nats * real),
+            tokens=jnp.sum(real, dtype=jnp.float32),
+            hits=jnp.sum(hit * asked),
+            answers=jnp.sum(asked, dtype=jnp.float32),
+        )
+
+    def gradients(model: Decoder, batch: Batch):
+        """Loss, sums and gradient of the mean over the batch's weights."""
+        weight = jnp.maximum(jnp.sum(batch["loss_weights"]), 1e-8)
+        loss = lambda model, part: (lambda v, aux: (v / weight, aux))(*loss_sum(model, part))
+        grad = jax.value_and_grad(loss, has_aux=True)
+        if config.accumulate == 1:
+            return grad(model, batch)
+
+        def body(total, part):
+            return jax.tree.map(jnp.add, total, grad(model, part)), None
+
+        parts = {name: _microbatches(x, config.accumulate) for name, x in batch.items()}
+        first = jax.tree.map(lambda x: x[0], parts)
+        zeros = jax.tree.map(lambda x: jnp.zeros_like(x), jax.eval_shape(grad, model, first))
+        return jax.lax.scan(body, zeros, parts)[0]
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        (loss, sums), grads = gradients(state.model, batch)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
+        model = optax.apply_updates(state.model, updates)
+        scalars = {
+            "loss": loss,
+            "cross_entropy": sums["nats"] / sums["tokens"],
+            "answer_accuracy": sums["hits"] / jnp.maximum(sums["answers"], 1.0),
+            "gradient_norm": optax.tree.norm(grads),
+        }
+        return TrainState(state.step + 1, model, opt_state), scalars
+
+    return train_step
+
+
+def _microbatches(x: Array, count: int) -> Array:
+    """[B, T] -> [count, B / count, T], each device keeping its rows."""
+    parts = jnp.moveaxis(x.reshape(-1, count, x.shape[1]), 1, 0)
+    return place(parts, None, "batch", "length")
+
+
+def put_batch(batch: dict[str, np.ndarray]) -> Batch:
+    """This process's rows as part of the global arrays."""
+    count = jax.process_count()
+
+    def put(x: np.ndarray) -> Array:
+        shape = (x.shape[0] * count, *x.shape[1:])
+        sharding = named_sharding(("batch", "length"), shape)
+        return jax.make_array_from_process_local_data(sharding, x, shape)
+
+    return {name: put(x) for name, x in batch.items()}
+
+
+def flops_per_token(model: Decoder, length: int) -> float:
+    """Forward and backward FLOPs: 6 per parameter of the matrices (attention scores left out)."""
+    return 6.0 * sum(x.size for x in jax.tree.leaves(model) if x.ndim >= 2)
+
+
+def _load_tokenizer(config: Config):
+    if not config.data.tokenizer:
+        raise UserError(
+            f"{config.name} has a vocabulary of {config.model.vocab} and no tokenizer: give "
+            "--config.data.tokenizer=PATH/tokenizer.json and a corpus in --config.data.sources"
+        )
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if tokenizer.vocab > config.model.vocab:
+        raise UserError(
+            f"the tokenizer {tokenizer.name} has {tokenizer.vocab} tokens, the model's vocabulary "
+            f"{config.model.vocab}: set --config.model.vocab={tokenizer.vocab} or more"
+        )
+    return tokenizer
+
+
+def _check_batch(config: Config) -> None:
+    parts = jax.process_count() * config.accumulate
+    if config.batch_size % parts:
+        raise UserError(
+            f"batch_size {config.batch_size} is not divisible by processes x accumulate = {parts}"
+        )
+
+
+def _check_length(config: Config, previous: dict[str, Any] | None, step: int) -> None:
+    old = (previous or {}).get("steps", config.steps)
+    if old != config.steps and not may_change_steps(config.optimizer, old, step):
+        raise UserError(
+            f"steps was {old} and is {config.steps}: the {config.optimizer.schedule} schedule has "
+            "already used the old length; choose another workdir"
+        )
+
+
+def _stop_on_sigterm():
+    """An event that is set by the first SIGTERM: the loop saves and ends."""
+    event = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: event.set())
+    return event
+
+
+if __name__ == "__main__":
+    command.define_config()
+    flags.DEFINE_string("workdir", None, "where the run lives; default: runs/NAME")
+    command.run(main)

@@ -1,0 +1,87 @@
+"""Causal softmax attention, full or windowed, over packed documents and grouped heads."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.dispatch import Dispatch
+
+_dispatch = Dispatch(
+    "attention", __name__, names=("reference", "xla", "splash", "cudnn"),
+    best={"tpu": ("splash", "xla"), "gpu": ("cudnn", "xla")},
+)
+
+
+def attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G V"],
+    *,
+    scale: float | None = None,
+    q_segments: Int[Array, "B T"] | None = None,
+    k_segments: Int[Array, "B S"] | None = None,
+    q_index: Int[Array, "B T"] | None = None,
+    k_index: Int[Array, "B S"] | None = None,
+    window: int | Int[Array, ""] | None = None,
+    implementation: str | Sequence[str] | None = None,
+) -> Float[Array, "B T H V"]:
+    """`softmax(scale q k^T) v` over the keys a query sees (https://arxiv.org/abs/1706.03762, eq. 1).
+
+    Query t sees key s if `k_index[s] <= q_index[t]`, their segments are equal and not 0, and
+    `q_index[t] - k_index[s] < window`. A query that sees no key returns 0 and has no gradient.
+    Query head i reads key/value head `i // (H // G)`. The softmax is computed in f32.
+
+    Args:
+      scale: default `K ** -0.5`.
+      q_segments, k_segments: document ids; 0 = padding. Both or neither.
+      q_index, k_index: places in the sequence, >= 0; default: the order in the row (T == S only).
+      window: number of keys a query sees, its own included; may be traced; None = all.
+      implementation: None (best for the target platform), a name, or names to try in order.
+
+    Returns:
+      The outputs in v's dtype.
+    """
+    _check_shapes(q, k, v, q_segments, k_segments, q_index, k_index)
+    _check_window(window)
+    return _dispatch(
+        implementation, q, k, v,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale, q_segments=q_segments,
+        k_segments=k_segments, q_index=q_index, k_index=k_index, window=window,
+    )
+
+
+def _check_shapes(q, k, v, q_segments, k_segments, q_index, k_index):
+    if not q.ndim == k.ndim == v.ndim == 4:
+        raise ValueError(f"q [B, T, H, K], k [B, S, G, K], v [B, S, G, V] must have rank 4, "
+                         f"got {q.shape}, {k.shape}, {v.shape}")
+    (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
+    expected = {
+        "k": (k, (B, S, G, K)), "v": (v, (B, S, G, v.shape[-1])),
+        "q_segments": (q_segments, (B, T)), "k_segments": (k_segments, (B, S)),
+        "q_index": (q_index, (B, T)), "k_index": (k_index, (B, S)),
+    }
+    for name, (x, shape) in expected.items():
+        if x is None:
+            continue
+        if x.shape != shape:
+            raise ValueError(f"{name} must be {list(shape)} for q {list(q.shape)}, "
+                             f"got {list(x.shape)}")
+        if jnp.issubdtype(x.dtype, jnp.integer) != ("_" in name):
+            kind = "integers" if "_" in name else "floating point"
+            raise ValueError(f"{name} must be {kind}, got {x.dtype}")
+    if H % G:
+        raise ValueError(f"query heads must be a multiple of key/value heads, got {H} and {G}")
+    if (q_segments is None) != (k_segments is None):
+        raise ValueError("q_segments and k_segments must be given together")
+    if T != S and (q_index is None or k_index is None):
+        raise ValueError(f"q_index and k_index must be given where T ({T}) differs from S ({S})")
+
+
+def _check_window(window):
+    if window is None:
+        return
+    if jnp.ndim(window) or not jnp.issubdtype(jnp.result_type(window), jnp.integer):
+        raise ValueError(f"window must be None or one integer, got {window!r}")
+    if isinstance(window, int) and window < 1:
+        raise ValueError(f"window counts the query's own key and must be >= 1, got {window}")

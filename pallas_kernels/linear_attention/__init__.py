@@ -1,0 +1,89 @@
+"""Linear attention with a decaying state (Lightning Attention, simple GLA, RetNet).
+
+Lightning Attention-2 (Qin et al., 2024, https://arxiv.org/abs/2401.04658), eq. 2-4; with a decay
+per token, Gated Linear Attention (Yang et al., 2023, https://arxiv.org/abs/2312.06635), eq. 3,
+with one gate per head.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.dispatch import Dispatch
+
+_dispatch = Dispatch("linear_attention", __name__, names=("reference", "xla"), best={})
+
+
+def linear_attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    decay: Float[Array, "H"] | Float[Array, "B T H"],
+    *,
+    scale: float | None = None,
+    initial_state: Float[Array, "B H K V"] | None = None,
+    segments: Int[Array, "B T"] | None = None,
+    output_final_state: bool = False,
+    chunk_size: int | None = None,
+    implementation: str | Sequence[str] | None = None,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"] | None]:
+    """`S_t = exp(decay_t) S_{t-1} + k_t v_t^T`, `o_t = scale * q_t S_t`, in f32.
+
+    Args:
+      decay: log decay, finite and <= 0: one per head, or one per token and head. A concrete
+        positive value is refused; a traced one is not seen and lets the state grow.
+      scale: default `K ** -0.5`.
+      initial_state: the state before the row's first document; default zero.
+      segments: document ids, each one contiguous run; 0 = padding. The state is cleared where a
+        new document begins. Padding leaves the state as it is, and its outputs are 0.
+      output_final_state: also return the state after the row's last real token.
+      chunk_size: tokens per chunk of the chunked implementations; default: their choice.
+      implementation: None (best for the target platform), a name, or names to try in order.
+
+    Returns:
+      The outputs in v's dtype, and the final state in f32 (None unless asked for).
+    """
+    decay = decay if isinstance(decay, (np.ndarray, jax.Array)) else np.asarray(decay)
+    _check_shapes(q, k, v, decay, initial_state, segments)
+    _check_values(decay, chunk_size)
+    o, state = _dispatch(
+        implementation, q, k, v, decay,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale, initial_state=initial_state,
+        segments=segments, output_final_state=output_final_state, chunk_size=chunk_size,
+    )
+    return o, state if output_final_state else None
+
+
+def _check_shapes(q, k, v, decay, initial_state, segments):
+    if q.ndim != 4 or v.ndim != 4:
+        raise ValueError(f"q, k [B, T, H, K] and v [B, T, H, V] must have rank 4, "
+                         f"got {q.shape}, {k.shape}, {v.shape}")
+    B, T, H, K = q.shape
+    expected = {
+        "k": (k, (B, T, H, K)),
+        "v": (v, (B, T, H, v.shape[-1])),
+        "decay": (decay, (H,) if decay.ndim == 1 else (B, T, H)),
+        "initial_state": (initial_state, (B, H, K, v.shape[-1])),
+        "segments": (segments, (B, T)),
+    }
+    for name, (x, shape) in expected.items():
+        if x is None:
+            continue
+        if x.shape != shape:
+            raise ValueError(f"{name} must be {list(shape)} for q {list(q.shape)}, "
+                             f"got {list(x.shape)}")
+        if jnp.issubdtype(x.dtype, jnp.integer) != (name == "segments"):
+            kind = "integers" if name == "segments" else "floating point"
+            raise ValueError(f"{name} must be {kind}, got {x.dtype}")
+    if T == 0:
+        raise ValueError("T must be at least 1, got 0")
+
+
+def _check_values(decay, chunk_size):
+    if not isinstance(decay, jax.core.Tracer) and np.any(np.asarray(decay) > 0):
+        raise ValueError(f"decay is a log decay and must be <= 0, got {np.max(decay)}")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")

@@ -1,0 +1,131 @@
+"""Linear attention by chunks: matrix products inside a chunk, one state from chunk to chunk.
+
+Lightning Attention-2 (https://arxiv.org/abs/2401.04658), algorithm 1, with all chunks at once:
+only the states pass through a scan. With G the running sum of the log decay in the chunk,
+
+    o_i = sum_{j <= i} exp(G_i - G_j) (q_i . k_j) v_j + exp(G_i) q_i S_in
+    S_out = exp(G_end) S_in + sum_j exp(G_end - G_j) k_j v_j^T
+
+Every exponent is a difference <= 0 and is masked before it is taken.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+
+class Weights(NamedTuple):
+    """What decay and documents contribute; B and N are 1 where nothing varies along them."""
+
+    intra: Float[Array, "B H N C C"]  # of token j in the output of token i of its chunk
+    read: Float[Array, "B H N C 1"]  # of the incoming state in the output of a token
+    write: Float[Array, "B H N C 1"]  # of a token in the outgoing state
+    keep: Float[Array, "B H N 1 1"]  # of the incoming state in the outgoing state
+
+
+def linear_attention(q, k, v, decay, *, scale, initial_state, segments, output_final_state,
+                     chunk_size):
+    T = q.shape[1]
+    dtype = jnp.promote_types(v.dtype, jnp.float32)
+    # Chunks as long as heads are wide: products within a chunk and with the state cost alike.
+    C = min(T, chunk_size or max(32, min(v.shape[-1], 128)))
+    if segments is not None:
+        segments = _chunks(segments[..., None], C)
+    if decay.ndim == 1:
+        weights = _constant_decay(decay.astype(dtype), T, C, segments)
+    else:
+        weights = _token_decay(_chunks(decay.astype(dtype), C), segments)
+
+    qc, kc, vc = (_chunks(x.astype(dtype), C) for x in (q, k, v))
+    o = (qc @ kc.mT * (scale * weights.intra)) @ vc
+    state = None
+    if T > C or initial_state is not None or output_final_state:
+        update = (kc * weights.write).mT @ vc
+        incoming, state = _pass_states(initial_state, update, weights.keep)
+        o += (qc * (scale * weights.read)) @ incoming
+    o = jnp.moveaxis(o.reshape(*o.shape[:2], -1, v.shape[-1]), 1, 2)
+    return o[:, :T].astype(v.dtype), state
+
+
+def _chunks(x, C):
+    """[B, T, H] -> [B, H, N, C], or [B, T, H, K] -> [B, H, N, C, K]; T padded with zeros."""
+    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % C)] + [(0, 0)] * (x.ndim - 2))
+    x = jnp.moveaxis(x, 2, 1)
+    return x.reshape(*x.shape[:2], -1, C, *x.shape[3:])
+
+
+def _pass_states(initial_state, update, keep):
+    """The state before each chunk [B, H, N, K, V], and the one after the last [B, H, K, V]."""
+
+    def step(state, chunk):
+        update, keep = chunk
+        return keep * state + update, state
+
+    state = jnp.zeros_like(update[:, :, 0])
+    if initial_state is not None:
+        state += initial_state
+    chunks = (jnp.moveaxis(update, 2, 0), jnp.moveaxis(keep, 2, 0))
+    state, incoming = jax.lax.scan(step, state, chunks, unroll=min(8, update.shape[2]))
+    return jnp.moveaxis(incoming, 0, 2), state
+
+
+def _constant_decay(decay, T, C, segments):
+    """Weights for a decay [H]; a NumPy decay makes them constants of the program."""
+    xp = np if isinstance(decay, np.ndarray) else jnp
+    decay = decay[:, None, None, None]
+    i = np.arange(C)
+    distance = i[:, None] - i
+    intra = xp.exp(xp.where(distance >= 0, decay * distance, -np.inf))[None]
+    if segments is None:
+        seen = np.minimum(np.arange(1, T + -T % C + 1), T).reshape(1, 1, -1, C)
+        seen = seen - np.arange(0, T, C)[:, None]  # tokens of the chunk so far
+    else:
+        seen = jnp.cumsum(segments != 0, axis=-1)
+    return _weights(intra, decay[..., 0] * seen, segments)
+
+
+def _token_decay(decay, segments):
+    """Weights for a decay [B, H, N, C]."""
+    if segments is not None:
+        decay = jnp.where(segments != 0, decay, 0)
+    total = jnp.cumsum(decay, axis=-1)
+    causal = np.tri(decay.shape[-1], dtype=bool)
+    difference = total[..., :, None] - total[..., None, :]
+    intra = jnp.exp(jnp.where(causal, difference, -jnp.inf))
+    return _weights(intra, total, segments)
+
+
+def _weights(intra, total, segments):
+    """Weights from those within a chunk and the running sum of the decay [B, H, N, C]."""
+    xp = np if isinstance(total, np.ndarray) else jnp
+    end = total[..., -1:]
+    read, write, keep = xp.exp(total), xp.exp(end - total), xp.exp(end)
+    if segments is not None:
+        before, after = _documents_at_borders(segments)
+        real = segments != 0
+        same = (segments[..., :, None] == segments[..., None, :]) & real[..., None]
+        intra = jnp.where(same, intra, 0)
+        read = jnp.where(real & (segments == before), read, 0)
+        write = jnp.where(real & (segments == after), write, 0)
+        keep = jnp.where(before == after, keep, 0)
+    return Weights(intra, read[..., None], write[..., None], keep[..., None])
+
+
+def _documents_at_borders(segments):
+    """The documents whose state enters and leaves each chunk, both [B, 1, N, 1].
+
+    It is the last one seen; before any was seen, the row's first, to which the initial state
+    belongs.
+    """
+    B, _, N, C = segments.shape
+    row = segments.reshape(B, N * C)
+    real = row != 0
+    latest = jax.lax.cummax(jnp.where(real, np.arange(N * C), -1), axis=1)[:, C - 1 :: C]
+    first = jnp.argmax(real, axis=1)[:, None]
+    after = jnp.take_along_axis(row, jnp.where(latest < 0, first, latest), axis=1)
+    first = jnp.take_along_axis(row, first, axis=1)
+    before = jnp.concatenate([first, after[:, :-1]], axis=1)
+    return before[:, None, :, None], after[:, None, :, None]
