@@ -242,7 +242,8 @@ def _restore(
     damaged = []
     for candidate in sorted(steps, reverse=True) if step is None else [step]:
         try:
-            state, metadata = _load(checkpointer, candidate, abstract_state, data)
+            with _silent_coroutines():
+                state, metadata = _load(checkpointer, candidate, abstract_state, data)
         except _Damaged as error:
             damaged.append(candidate)
             fault = f"checkpoint {candidate} in {workdir} cannot be loaded: {error}"
@@ -258,14 +259,13 @@ def _restore(
 def _load(checkpointer, step: int, abstract_state: Any, data: Any) -> tuple[Any, dict[str, Any]]:
     wanted = jax.tree.map(_placed, _parts(abstract_state))
     try:
-        with _silent_coroutines():
-            saved = checkpointer.checkpointables_metadata(step)
-            record = saved.custom_metadata
-            if not record:
-                raise _Damaged("its metadata is torn or missing")
-            _check_shapes(step, {name: saved.metadata[name] for name in wanted}, wanted)
-            items = wanted if data is None else wanted | {"data": data}
-            parts = checkpointer.load_checkpointables(step, items)
+        saved = checkpointer.checkpointables_metadata(step)
+        record = saved.custom_metadata
+        if not record:
+            raise _Damaged("its metadata is torn or missing")
+        _check_shapes(step, {name: saved.metadata[name] for name in wanted}, wanted)
+        items = wanted if data is None else wanted | {"data": data}
+        parts = checkpointer.load_checkpointables(step, items)
     except (UserError, _Damaged):
         raise
     except Exception as error:  # Orbax, TensorStore, JSON and the file system each have their own
@@ -297,7 +297,8 @@ def _shape(leaf: Any) -> tuple[int, ...]:
 def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
     """What to load for a leaf; shapes traced under a mesh know only its axes, scalars not even."""
     sharding, mesh = getattr(leaf, "sharding", None), jax.sharding.get_mesh()
-    if not mesh.empty and (sharding is None or isinstance(sharding.mesh, AbstractMesh)):
+    traced = sharding is None or isinstance(getattr(sharding, "mesh", None), AbstractMesh)
+    if traced and not mesh.empty:
         sharding = NamedSharding(mesh, sharding.spec if sharding else PartitionSpec())
     sharding = sharding or SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -390,13 +391,19 @@ def _reason(error: BaseException) -> str:
 
 @contextmanager
 def _silent_coroutines() -> Iterator[None]:
-    """After a failed read Orbax leaves coroutines behind, which complain when they are collected."""
+    """After a failed read Orbax leaves coroutines that complain when they are collected."""
     hook = sys.unraisablehook
     sys.unraisablehook = lambda unraisable: None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
-            yield
+            try:
+                yield
+            except _Damaged as error:
+                fault = str(error)  # the traceback would keep the coroutines
+            else:
+                return
             gc.collect()
+            raise _Damaged(fault)
     finally:
         sys.unraisablehook = hook

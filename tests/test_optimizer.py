@@ -54,7 +54,7 @@ def config(**fields):
 
 SCHEDULES = {
     "constant": (config(schedule="constant"), 10, {0: 1.0, 9: 1.0, 1000: 1.0}),
-    "warm-up": (config(schedule="constant", warmup_steps=4), 10, {0: 0.25, 2: 0.75, 3: 1.0, 9: 1.0}),
+    "warm-up": (config(schedule="constant", warmup_steps=4), 10, {0: 0.25, 2: 0.75, 3: 1.0}),
     "wsd": (
         config(schedule="wsd", final_learning_rate=0.2, warmup_steps=2, decay_fraction=0.4),
         10,
@@ -75,7 +75,8 @@ def test_schedule_has_the_values_computed_by_hand(optimizer, steps, expected):
     rate = schedule(optimizer, steps)
     for step, value in expected.items():
         assert float(rate(step)) == pytest.approx(value, abs=1e-6)
-        assert float(jax.jit(rate)(jnp.int32(step))) == pytest.approx(value, abs=1e-6)
+    traced = jax.jit(rate)(jnp.array(list(expected)))
+    np.testing.assert_allclose(traced, list(expected.values()), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -98,16 +99,15 @@ def test_length_may_change_while_past_steps_would_have_been_the_same(name, step,
 
 def test_adamw_decays_matrices_only(model):
     tx = make_optimizer(config(schedule="constant", weight_decay=0.1), 10, model)
-    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, model), tx.init(model), model)
+    updates, _ = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, model), tx.init(model), model)
     updates, values = by_path(updates), by_path(model)
     np.testing.assert_allclose(updates[UP], -0.1 * values[UP], rtol=1e-6)
     assert not updates[SCALE].any() and not updates[EMBEDDING].any()
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_learning_rate_follows_the_schedule(model, name):
+def test_learning_rate_follows_the_schedule(model):
     def sizes(warmup_steps):
-        optimizer = config(name=name, schedule="constant", warmup_steps=warmup_steps)
+        optimizer = config(name="muon", schedule="constant", warmup_steps=warmup_steps)
         tx, gradient = make_optimizer(optimizer, 10, model), normal_like(model, 1)
         update, state, norms = jax.jit(tx.update), tx.init(model), []
         for _ in range(6):
@@ -121,19 +121,18 @@ def test_learning_rate_follows_the_schedule(model, name):
 def test_clip_bounds_the_norm_over_trained_parameters_only(model):
     optimizer = config(schedule="constant", clip=0.5, b1=0.0, frozen=("embedding",))
     tx, gradient = make_optimizer(optimizer, 10, model), normal_like(model, 1)
-    _, state = tx.update(gradient, tx.init(model), model)
+    _, state = jax.jit(tx.update)(gradient, tx.init(model), model)
     assert float(optax.tree.norm(optax.tree.get(state, "mu"))) == pytest.approx(0.5, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize(
-    "frozen, paths",
+    "name, frozen, paths",
     [
-        (("embedding",), {EMBEDDING}),
-        (("embed*",), {EMBEDDING}),
-        (("groups/0/*",), {UP, SCALE}),
-        (("groups",), {UP, SCALE}),
-        (("*/scale", "embedding"), {SCALE, EMBEDDING}),
+        ("adamw", ("embedding",), {EMBEDDING}),
+        ("muon", ("embed*",), {EMBEDDING}),
+        ("adamw", ("groups/0/*",), {UP, SCALE}),
+        ("adamw", ("groups",), {UP, SCALE}),
+        ("muon", ("*/scale", "embedding"), {SCALE, EMBEDDING}),
     ],
     ids=str,
 )
@@ -194,7 +193,8 @@ def test_muon_of_a_stack_is_muon_of_its_layers(model):
 
     stacked = update(model, gradient).groups[0]
     for i in range(LAYERS):
-        alone = update(*(jax.tree.map(lambda x: x[i], m.groups[0]) for m in (model, gradient)))
+        layer = lambda m, i=i: jax.tree.map(lambda x: x[i], m.groups[0])
+        alone = update(layer(model), layer(gradient))
         for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(stacked), strict=True):
             np.testing.assert_allclose(a, b[i], atol=1e-6)
 
@@ -225,8 +225,6 @@ def three_steps(optimizer, key):
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_sharded_updates_are_the_unsharded_ones_and_compile_once(name):
-    if jax.device_count() < 8:
-        pytest.skip("needs 8 devices: set jax_num_cpu_devices")
     optimizer = OptimizerConfig(name=name, learning_rate=0.1, weight_decay=0.1)
     with jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))):
         sharded = three_steps(optimizer, jax.random.key(0))

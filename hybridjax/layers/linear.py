@@ -37,3 +37,11 @@ def split_heads(y: Float[Array, "B T HK"], head_dim: int) -> Float[Array, "B T H
     heads = y.shape[-1] // head_dim
     y = place(y, "batch", "length", "heads" if heads % ways("heads") == 0 else None)
     return y.reshape(*y.shape[:2], heads, head_dim)
+
+
+def repeat_heads(x: Float[Array, "B T G K"], times: int) -> Float[Array, "B T H K"]:
+    """Each head `times` times in a row: head i of the result is head i // times of `x`."""
+    if times == 1:
+        return x
+    repeated = jnp.repeat(x[:, :, :, None], times, axis=3)
+    return repeated.reshape(*x.shape[:2], -1, x.shape[3])

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from hybridjax.layers.linear import Linear, split_heads
+from hybridjax.layers.linear import Linear, repeat_heads, split_heads
 from hybridjax.layers.norm import RMSNorm
 from hybridjax.layers.position import rotary_angles, rotate
 from hybridjax.mixers.base import Context, Mixer, new_length, place_state, state, state_field
@@ -141,8 +141,7 @@ class Attention(Mixer):
     def _attend(self, q, k, v, window, **index) -> Float[Array, "B T H K"]:
         window = self.window if window is None else window
         repeats = _kv_repeats(self.heads, self.kv_heads)
-        if repeats > 1:
-            k, v = jnp.repeat(k, repeats, axis=2), jnp.repeat(v, repeats, axis=2)
+        k, v = repeat_heads(k, repeats), repeat_heads(v, repeats)
         names = list(index)
 
         def kernel(q, k, v, window, *arrays):

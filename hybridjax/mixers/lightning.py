@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from hybridjax.layers.linear import Linear, split_heads
+from hybridjax.layers.linear import Linear, repeat_heads, split_heads
 from hybridjax.layers.norm import RMSNorm
 from hybridjax.layers.position import rotary_angles, rotate
 from hybridjax.mixers.base import Context, Mixer, new_length, place_state, state, state_field
@@ -106,6 +106,4 @@ class Lightning(Mixer):
             angles = rotary_angles(ctx.positions, self.head_dim, self.theta)
             q, k = rotate(q, angles), rotate(k, angles)
         group = self.heads // self.kv_heads
-        if group > 1:
-            k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
-        return q, k, v
+        return q, repeat_heads(k, group), repeat_heads(v, group)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -42,8 +43,9 @@ def attention(
     Returns:
       The outputs in v's dtype.
     """
+    q, k, v = (jnp.asarray(x) for x in (q, k, v))
     _check_shapes(q, k, v, q_segments, k_segments, q_index, k_index)
-    _check_window(window)
+    window = _checked_window(window)
     return _dispatch(
         implementation, q, k, v,
         scale=q.shape[-1] ** -0.5 if scale is None else scale, q_segments=q_segments,
@@ -78,10 +80,14 @@ def _check_shapes(q, k, v, q_segments, k_segments, q_index, k_index):
         raise ValueError(f"q_index and k_index must be given where T ({T}) differs from S ({S})")
 
 
-def _check_window(window):
+def _checked_window(window):
+    """The window, as an int unless it is data."""
     if window is None:
-        return
+        return None
     if jnp.ndim(window) or not jnp.issubdtype(jnp.result_type(window), jnp.integer):
         raise ValueError(f"window must be None or one integer, got {window!r}")
-    if isinstance(window, int) and window < 1:
+    if isinstance(window, jax.Array):
+        return window
+    if window < 1:
         raise ValueError(f"window counts the query's own key and must be >= 1, got {window}")
+    return int(window)

@@ -20,8 +20,6 @@ def attention(q, k, v, *, scale, q_segments, k_segments, q_index, k_index, windo
         raise NotImplementedError(f"needs T = S, a multiple of {_LANES}, got T {T} and S {S}")
     if window is not None and not isinstance(window, int):
         raise NotImplementedError("needs a window known at compile time")
-    if v.shape[-1] % _LANES and v.shape[-1] > _LANES:
-        raise NotImplementedError(f"needs V up to {_LANES} or a multiple, got {v.shape[-1]}")
 
     from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 

@@ -46,6 +46,7 @@ def linear_attention(
     Returns:
       The outputs in v's dtype, and the final state in f32 (None unless asked for).
     """
+    q, k, v = (jnp.asarray(x) for x in (q, k, v))
     decay = decay if isinstance(decay, (np.ndarray, jax.Array)) else np.asarray(decay)
     _check_shapes(q, k, v, decay, initial_state, segments)
     _check_values(decay, chunk_size)
@@ -83,7 +84,7 @@ def _check_shapes(q, k, v, decay, initial_state, segments):
 
 
 def _check_values(decay, chunk_size):
-    if not isinstance(decay, jax.core.Tracer) and np.any(np.asarray(decay) > 0):
-        raise ValueError(f"decay is a log decay and must be <= 0, got {np.max(decay)}")
+    if not isinstance(decay, jax.core.Tracer) and (largest := np.max(np.asarray(decay))) > 0:
+        raise ValueError(f"decay is a log decay and must be <= 0, got {largest}")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")

@@ -8,7 +8,7 @@ import pytest
 from hybridjax.config import UserError
 from hybridjax.data.retrieval import Haystack, Retrieval, needle_batch
 from hybridjax.data.text import documents
-from hybridjax.data.tokenizer import ByteTokenizer
+from hybridjax.data.tokenizer import ByteTokenizer, load_tokenizer
 
 BYTES = ByteTokenizer()
 FORMS = {
@@ -141,6 +141,17 @@ def test_endless_and_sharded():
 def test_faults(seq_len, options, message):
     with pytest.raises(UserError, match=message):
         Retrieval(BYTES, seq_len, "train", 0, **options)
+
+
+def test_tokens_of_words(bpe):
+    """With tokens of several characters, facts are still written a character each."""
+    tokenizer = load_tokenizer(str(bpe))
+    needles = needle_batch(Haystack(tokenizer, "tune"), 0, 5, 200)
+    assert needles.tokens.shape == (5, 200)
+    assert len(tokenizer.decode(needles.tokens.ravel())) > 5 * 200
+    for prompt, value in zip(needles.prompts, needles.values, strict=True):
+        prompt, value = tokenizer.decode(prompt), tokenizer.decode(value)
+        assert f"#{prompt[-1]}{value};" in prompt and prompt[-2] == "?"
 
 
 def test_tokenizer_without_digits():

@@ -9,27 +9,6 @@ from hybridjax.data.tokenizer import ByteTokenizer, TextStream, load_tokenizer
 TEXTS = ["", "plain", "naïve café", "日本語のテキスト", "mixed 🎉 text\nwith lines\t"]
 
 
-@pytest.fixture(scope="module")
-def bpe(tmp_path_factory):
-    """A byte-level BPE tokenizer.json, trained here."""
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["the cat and the dog and the bird"] * 10, trainer)
-    path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
-    tokenizer.save(str(path))
-    return path
-
-
 @pytest.fixture(params=["bytes", "json"])
 def tokenizer(request, bpe):
     return load_tokenizer("bytes" if request.param == "bytes" else str(bpe))

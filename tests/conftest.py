@@ -1,0 +1,38 @@
+"""Eight simulated devices for every test, a generator seeded by the test's name, and markers."""
+
+import os
+import zlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+import pytest
+
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--mixer",
+        action="append",
+        default=[],
+        help="test the laws on package.module:MyMixer[,option=value...] too",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    chosen = config.getoption("-m")
+    platform = jax.default_backend()
+    for item in items:
+        if "slow" in item.keywords and "slow" not in chosen:
+            item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+        for accelerator in ("gpu", "tpu"):
+            if accelerator in item.keywords and platform != accelerator:
+                item.add_marker(pytest.mark.skip(reason=f"needs a {accelerator.upper()}"))
+
+
+@pytest.fixture
+def rng(request):
+    return np.random.default_rng(zlib.crc32(request.node.name.encode()))
