@@ -9,9 +9,7 @@ A checkpoint bears its name only once it is complete. Each part has a checksum o
 metadata, because Orbax itself loads a checkpoint with flipped bits.
 """
 
-import fnmatch
 import gc
-import json
 import logging
 import math
 import os
@@ -28,6 +26,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, SingleDevic
 from orbax.checkpoint import v1 as ocp
 
 from hybridjax.config import UserError
+from hybridjax.files import one_line, read_json, reason, write_json
 
 # Orbax logs a failed write as hundreds of lines of traceback; we report it in one.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
@@ -46,7 +45,7 @@ class Checkpoints:
     ):
         """`best`: the name in `metadata["metrics"]` by which one more checkpoint is kept."""
         self._workdir, self._directory = epath.Path(workdir), _directory(workdir)
-        self._config = _read_json(self._workdir / "config.json")
+        self._config = read_json(self._workdir / "config.json")
         self._last = None  # the step last saved or restored
         sign = 1.0 if higher_is_better else -1.0
         policy = ocp.training.preservation_policies
@@ -56,7 +55,7 @@ class Checkpoints:
             keep_checkpoints_without_metrics=False,
         )
         kept = [policy.LatestN(max(1, keep)), *([by_metric] if best else [])]
-        with _one_line(f"cannot use {self._directory}: ", "choose another workdir"):
+        with one_line(f"cannot use {self._directory}: ", "choose another workdir"):
             self._checkpointer = ocp.training.Checkpointer(
                 self._directory,
                 preservation_policy=policy.AnyPreservationPolicy(kept),
@@ -141,7 +140,7 @@ class Checkpoints:
     @contextmanager
     def _writing(self) -> Iterator[None]:
         fault = f"checkpoint {self._last} could not be written to {self._directory}: "
-        with _one_line(fault, "the ones before are intact; make room and start again"):
+        with one_line(fault, "the ones before are intact; make room and start again"):
             last, self._last = self._last, None  # a failed one may be tried again
             yield
             self._last = last
@@ -164,61 +163,8 @@ def restore_model(
 def update_metadata(workdir: str | os.PathLike, step: int, updates: Mapping[str, Any]) -> None:
     """Add to the metadata of a checkpoint that is already written."""
     path = _later_metadata(workdir, step)
-    with _one_line(f"cannot write {path}: ", "make room or correct the path"):
-        _write_json(path, (_read_json(path) or {}) | dict(updates))
-
-
-# ---------------------------------------------------------------- the owner of a work directory
-
-
-def claim(
-    workdir: str | os.PathLike, config: Mapping[str, Any], allowed: tuple[str, ...] = ()
-) -> dict[str, Any] | None:
-    """Record `config` as the directory's own; return the one it had, None for a new directory.
-
-    Args:
-      allowed: globs of dotted keys that may change from one start to the next.
-
-    Raises:
-      UserError: the directory belongs to another configuration, or cannot be written.
-    """
-    path = epath.Path(workdir) / "config.json"
-    config = json.loads(json.dumps(config))  # tuples are lists in the file
-    with _one_line(f"cannot use {path}: ", "choose another workdir"):
-        previous = _read_json(path)
-        old, new = dict(_dotted(previous or {})), dict(_dotted(config))
-        changed = [
-            f"{key}: {old.get(key, 'not set')!r} there, {new.get(key, 'not set')!r} here"
-            for key in sorted(old.keys() | new.keys())
-            if not any(fnmatch.fnmatchcase(key, glob) for glob in allowed)
-            and (key not in old or key not in new or old[key] != new[key])
-        ]
-        if previous is not None and changed:
-            more = [f"and {len(changed) - 5} more"] if len(changed) > 5 else []
-            raise UserError(
-                f"{workdir} belongs to another configuration ({'; '.join(changed[:5] + more)}): "
-                "choose another workdir"
-            )
-        if config != previous and jax.process_index() == 0:
-            _write_json(path, config)
-    return previous
-
-
-def load_config(workdir: str | os.PathLike) -> dict[str, Any]:
-    """The configuration of the run in `workdir`."""
-    path = epath.Path(workdir) / "config.json"
-    config = _read_json(path)
-    if config is None:
-        raise UserError(f"no hybridjax run in {workdir}: there is no config.json; correct the path")
-    return config
-
-
-def _dotted(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            yield from _dotted(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    with one_line(f"cannot write {path}: ", "make room or correct the path"):
+        write_json(path, (read_json(path) or {}) | dict(updates))
 
 
 # ---------------------------------------------------------------- reading
@@ -251,7 +197,7 @@ def _restore(
         else:
             for newer in damaged:
                 set_aside(newer)
-            later = _read_json(_later_metadata(workdir, candidate)) or {}
+            later = read_json(_later_metadata(workdir, candidate)) or {}
             return state, candidate, metadata | later
     raise UserError(f"no checkpoint that loads in {workdir}: choose another workdir")
 
@@ -269,7 +215,7 @@ def _load(checkpointer, step: int, abstract_state: Any, data: Any) -> tuple[Any,
     except (UserError, _Damaged):
         raise
     except Exception as error:  # Orbax, TensorStore, JSON and the file system each have their own
-        raise _Damaged(f"its files are torn or missing: {_reason(_root(error))}") from error
+        raise _Damaged(f"its files are torn or missing: {reason(_root(error))}") from error
     for name in wanted:
         if _checksum(parts[name]) != record["checksums"][name]:
             raise _Damaged(f"the bits of {name} have changed")
@@ -354,39 +300,10 @@ def _later_metadata(workdir: str | os.PathLike, step: int) -> epath.Path:
     return epath.Path(workdir) / "metadata" / f"{step}.json"
 
 
-def _read_json(path: epath.Path) -> dict[str, Any] | None:
-    with _one_line(f"cannot read {path}: ", "repair or remove it"):
-        return json.loads(path.read_text()) if path.exists() else None
-
-
-def _write_json(path: epath.Path, value: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
-
-
-@contextmanager
-def _one_line(fault: str, advice: str) -> Iterator[None]:
-    """Turns a failure of the file system, as Orbax or Python reports it, into a `UserError`."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{fault}{_reason(error)}; {advice}") from error
-
-
 def _root(error: BaseException) -> BaseException:
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__
     return error
-
-
-def _reason(error: BaseException) -> str:
-    """One line, of which TensorStore puts the cause at the end."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return line if len(line) <= 200 else f"...{line[-200:]}"
 
 
 @contextmanager

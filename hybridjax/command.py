@@ -3,6 +3,7 @@
 import logging
 import os
 import pathlib
+import runpy
 import sys
 from collections.abc import Callable
 
@@ -10,7 +11,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from hybridjax.config import UserError
+from hybridjax.config import UserError, override
 
 FLAGS = flags.FLAGS
 
@@ -33,6 +34,7 @@ def run(main: Callable[[], None]) -> None:
         try:
             rest = FLAGS(sys.argv)[1:]
         except (flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
+            _explain_overrides()
             raise UserError(_one_line(error)) from error
         if rest:
             raise UserError(f"unexpected argument {rest[0]!r}: settings are --config.key=value")
@@ -55,6 +57,22 @@ def prepare_jax() -> None:
         jax.config.update("jax_compilation_cache_dir", str(home / "hybridjax" / "compiled"))
 
 
+def _explain_overrides() -> None:
+    """Raises what is wrong with the first bad `--config.key=value`, if one of them is."""
+    given = [arg for arg in sys.argv[1:] if arg.startswith("--config=")]
+    if not given:
+        return
+    path, _, arg = given[-1].removeprefix("--config=").partition(":")
+    if not pathlib.Path(path).exists():
+        raise UserError(f"there is no config file {path}: the shipped ones are in configs/")
+    config = runpy.run_path(path)["get_config"](arg or None)
+    for flag in sys.argv[1:]:
+        if flag.startswith("--config.") and "=" in flag:
+            key, _, value = flag.removeprefix("--config.").partition("=")
+            override(config, key, value)
+
+
 def _one_line(error: Exception) -> str:
+    """The last line of a message: absl and ml-collections put the cause there."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -94,6 +95,7 @@ class CheckpointConfig:
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
     every: int = 1000  # steps between the evaluations during training
+    split: str = "heldout"  # "tune" while hyper-parameters are chosen
     heldout_tokens: int = 32768  # of held-out text, at each length
     lengths: tuple[int, ...] = (1, 2, 4, 8, 16, 32)  # multiples of the training length
     facts: tuple[int, ...] = (4,)  # one asked for, the others distractors of the same form
@@ -174,7 +176,10 @@ def _plain(value: Any) -> Any:
 
 
 def _did_you_mean(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    if not known:
+        return ""
     return f"; did you mean {' or '.join(near)}?" if near else f"; there are {', '.join(known)}"
 
 
@@ -196,10 +201,11 @@ def choose(
         raise UserError(f"unknown preset {preset!r}{_did_you_mean(preset, presets)}")
     config = presets[preset]()
     config.name = "-".join([config.name, preset, *(c for c in changes if c in variants)])
+    _fill_defaults(config, Config)
     for change in changes:
         key, equals, value = change.partition("=")
         if equals:
-            _override(config, key, value)
+            override(config, key, value)
         elif change in variants:
             variants[change](config)
         else:
@@ -207,19 +213,43 @@ def choose(
     return config
 
 
-def _override(config: ConfigDict, path: str, text: str) -> None:
-    *parents, key = path.split(".")
-    for parent in parents:
-        config = config.get(parent)
-        if not isinstance(config, ConfigDict):
-            raise UserError(f"config has no section {parent!r} in {path!r}")
-    if key not in config:
-        raise UserError(f"config.{path}: no such setting{_did_you_mean(key, config)}")
+def override(config: ConfigDict, path: str, text: str) -> None:
+    """Sets `config.PATH` to what the text says.
+
+    Raises:
+      UserError: there is no such setting, or it is of another type.
+    """
+    section, *keys = re.split(r"[.\[\]]+", path.rstrip("]"))
+    for key in keys:
+        config = config[_known(config, section, path)]
+        section = key
+    key = _known(config, section, path)
     try:
         config[key] = text if isinstance(config[key], str) else ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError) as error:
         wanted = type(config[key]).__name__
         raise UserError(f"config.{path} is {text!r}; it must be a {wanted}") from error
+
+
+def _known(config: Any, key: str, path: str) -> str | int:
+    if isinstance(config, list | tuple) and key.isdigit() and int(key) < len(config):
+        return int(key)
+    known = list(config) if isinstance(config, ConfigDict) else []
+    if key not in known:
+        raise UserError(f"config.{path}: no such setting as {key!r}{_did_you_mean(key, known)}")
+    return key
+
+
+def _fill_defaults(config: ConfigDict, cls: type) -> None:
+    """Adds the settings that have a default, so that each can be overridden."""
+    for field in dataclasses.fields(cls):
+        value = config.get(field.name, field.default)
+        if dataclasses.is_dataclass(field.type):
+            if field.name not in config:
+                config[field.name] = ConfigDict()
+            _fill_defaults(config[field.name], field.type)
+        elif value is not dataclasses.MISSING:
+            config[field.name] = value
 
 
 # ---------------------------------------------------------------- components named by a spec

@@ -63,13 +63,13 @@ def measure(run: Run) -> dict[str, Any]:
         heldout.bits_per_byte(
             run.model,
             run.tokenizer,
-            heldout.rows_of_text(run.tokenizer, "heldout", length, ev.heldout_tokens),
+            heldout.rows_of_text(run.tokenizer, ev.split, length, ev.heldout_tokens),
             b,
         )
         for length in lengths
         for b in bases
     ]
-    haystack = Haystack(run.tokenizer, "heldout", **ev.task)
+    haystack = Haystack(run.tokenizer, ev.split, **ev.task)
     cells = [
         cell
         for facts in ev.facts
@@ -92,6 +92,7 @@ def measure(run: Run) -> dict[str, Any]:
         train_length=config.seq_len,
         tokens=run.step * config.batch_size * config.seq_len,
         text_sha256=SHA256,
+        split=ev.split,
         logit_base=base,
         tune_bits_per_byte={
             "none" if math.isinf(b) else f"{b:g}": value for b, value in bits.items()
@@ -104,10 +105,10 @@ def measure(run: Run) -> dict[str, Any]:
 def during_training(model: Decoder, tokenizer: Tokenizer, config: Config) -> dict[str, float]:
     """The few numbers that a run logs as it goes, without log scaling."""
     ev, length = config.evaluation, config.seq_len
-    rows = heldout.rows_of_text(tokenizer, "heldout", length, ev.heldout_tokens)
+    rows = heldout.rows_of_text(tokenizer, ev.split, length, ev.heldout_tokens)
     text = heldout.bits_per_byte(model, tokenizer, rows)
     results = {"heldout_bits_per_byte": text.bits_per_byte}
-    haystack = Haystack(tokenizer, "heldout", **ev.task)
+    haystack = Haystack(tokenizer, ev.split, **ev.task)
     for times in ev.lengths[::3][:2]:
         [cell] = needle.needle(
             model,
@@ -128,7 +129,9 @@ def compare(workdirs: Sequence[pathlib.Path], output: pathlib.Path) -> None:
     for workdir in workdirs:
         path = workdir / RESULTS
         if not path.exists():
-            raise UserError(f"{workdir} is not measured: run hybridjax.evaluate --workdir={workdir}")
+            raise UserError(
+                f"{workdir} is not measured: run hybridjax.evaluate --workdir={workdir}"
+            )
         results.append(json.loads(path.read_text()))
     plots.needle_lines(results, output)
     for result in results:

@@ -77,7 +77,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         raise UserError(f"mesh {named}: at most one axis may be -1")
     sizes = [rest if size == -1 else size for size in sizes]
     if math.prod(sizes) != count:
-        raise UserError(f"mesh {named} does not fit {count} devices: set the sizes by --config.mesh")
+        raise UserError(
+            f"mesh {named} does not fit {count} devices: set the sizes by --config.mesh"
+        )
     return jax.make_mesh(sizes, MESH_AXES, (AxisType.Explicit,) * len(sizes), devices=devices)
 
 
@@ -137,9 +139,7 @@ def over_mesh(
         )
         single = isinstance(out_axes[0], str) or isinstance(out_axes[0][0], str | None)
         out = spec_of(*out_axes) if single else tuple(spec_of(*pair) for pair in out_axes)
-        placed = [
-            x if x is None else jax.reshard(x, s) for x, s in zip(args, specs, strict=True)
-        ]
+        placed = [x if x is None else jax.reshard(x, s) for x, s in zip(args, specs, strict=True)]
         return jax.shard_map(f, in_specs=specs, out_specs=out, check_vma=False)(*placed)
 
     return call

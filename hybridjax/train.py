@@ -19,7 +19,7 @@ from absl import flags
 from jaxtyping import Array, Float, Int
 
 from hybridjax import command, evaluate, metrics
-from hybridjax.checkpoint import Checkpoints, claim, restore_model
+from hybridjax.checkpoint import Checkpoints, restore_model
 from hybridjax.config import Config, UserError, typed
 from hybridjax.data.pipeline import make_loader
 from hybridjax.data.tokenizer import load_tokenizer
@@ -28,6 +28,7 @@ from hybridjax.mixers.base import Context
 from hybridjax.models.decoder import Decoder
 from hybridjax.optimizer import make_optimizer, may_change_steps, schedule
 from hybridjax.sharding import make_mesh, named_sharding, place, place_parameters
+from hybridjax.workdir import claim
 
 MAY_CHANGE = ("steps", "log_every", "checkpoint.*", "evaluation.*", "mesh.*", "name")
 
@@ -61,7 +62,7 @@ def main() -> None:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    previous = claim(workdir, dataclasses.asdict(config), allowed=MAY_CHANGE)
+    claim(workdir, dataclasses.asdict(config), allowed=MAY_CHANGE)
 
     # ------------------------------------------------------------ model and optimizer
     key = jax.random.key(config.seed)
@@ -81,9 +82,9 @@ def main() -> None:
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep, best=config.checkpoint.best)
     if checkpoints.latest is not None:
         state, step, metadata = checkpoints.restore(new_state.eval_shape(), loader)
-        _check_length(config, previous, step)
+        _check_length(config, metadata["config"], step)
     else:
-        state, step, metadata = new_state(), 0, {}
+        state, step = new_state(), 0
         if config.init_from:
             source, _, at = config.init_from.partition("@")
             model, _, _ = restore_model(source, state.model, int(at) if at else None)
@@ -103,7 +104,7 @@ def main() -> None:
 
     # ------------------------------------------------------------ the loop
     stop = _stop_on_sigterm()
-    results = metadata.get("metrics", {})
+    results: dict[str, float] = {}  # of the evaluation at this step, if there was one
     unchecked: list[tuple[int, Float[Array, ""]]] = []  # losses that no one has looked at yet
 
     def check_finite() -> None:
@@ -123,7 +124,7 @@ def main() -> None:
         while step < config.steps and not stop.is_set():
             batch = put_batch(next(loader))
             state, scalars = train_step(state, batch)
-            step += 1
+            step, results = step + 1, {}
             unchecked.append((step, scalars["loss"]))
 
             if step % config.log_every == 0 or step == config.steps:
@@ -248,8 +249,8 @@ def _check_batch(config: Config) -> None:
         )
 
 
-def _check_length(config: Config, previous: dict[str, Any] | None, step: int) -> None:
-    old = (previous or {}).get("steps", config.steps)
+def _check_length(config: Config, previous: dict[str, Any], step: int) -> None:
+    old = previous["steps"]
     if old != config.steps and not may_change_steps(config.optimizer, old, step):
         raise UserError(
             f"steps was {old} and is {config.steps}: the {config.optimizer.schedule} schedule has "

@@ -1,14 +1,20 @@
-"""A finished or running training, opened to be measured or talked to."""
+"""The work directory of a run: whose it is, and the run opened to be measured or talked to."""
 
 import dataclasses
+import fnmatch
+import json
+import os
 import pathlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+from etils import epath
 
-from hybridjax.checkpoint import load_config, restore_model
-from hybridjax.config import Config, typed
+from hybridjax.checkpoint import restore_model
+from hybridjax.config import Config, UserError, typed
 from hybridjax.data.tokenizer import Tokenizer, load_tokenizer
+from hybridjax.files import one_line, read_json, write_json
 from hybridjax.models.decoder import Decoder
 from hybridjax.sharding import make_mesh, place_parameters
 
@@ -40,3 +46,56 @@ def open_run(workdir: str | pathlib.Path, step: int | None = None) -> Run:
     model, step, metadata = restore_model(workdir, abstract, step)
     tokenizer = load_tokenizer(config.data.tokenizer)
     return Run(pathlib.Path(workdir), config, model, tokenizer, step, metadata)
+
+
+# ---------------------------------------------------------------- whose directory it is
+
+
+def claim(
+    workdir: str | os.PathLike, config: Mapping[str, Any], allowed: tuple[str, ...] = ()
+) -> dict[str, Any] | None:
+    """Record `config` as the directory's own; return the one it had, None for a new directory.
+
+    Args:
+      allowed: globs of dotted keys that may change from one start to the next.
+
+    Raises:
+      UserError: the directory belongs to another configuration, or cannot be written.
+    """
+    path = epath.Path(workdir) / "config.json"
+    config = json.loads(json.dumps(config))  # tuples are lists in the file
+    with one_line(f"cannot use {path}: ", "choose another workdir"):
+        previous = read_json(path)
+        old, new = dict(_dotted(previous or {})), dict(_dotted(config))
+        changed = [
+            f"{key}: {old.get(key, 'not set')!r} there, {new.get(key, 'not set')!r} here"
+            for key in sorted(old.keys() | new.keys())
+            if not any(fnmatch.fnmatchcase(key, glob) for glob in allowed)
+            and (key not in old or key not in new or old[key] != new[key])
+        ]
+        if previous is not None and changed:
+            more = [f"and {len(changed) - 5} more"] if len(changed) > 5 else []
+            raise UserError(
+                f"{workdir} belongs to another configuration ({'; '.join(changed[:5] + more)}): "
+                "choose another workdir"
+            )
+        if config != previous and jax.process_index() == 0:
+            write_json(path, config)
+    return previous
+
+
+def load_config(workdir: str | os.PathLike) -> dict[str, Any]:
+    """The configuration of the run in `workdir`."""
+    path = epath.Path(workdir) / "config.json"
+    config = read_json(path)
+    if config is None:
+        raise UserError(f"no hybridjax run in {workdir}: there is no config.json; correct the path")
+    return config
+
+
+def _dotted(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

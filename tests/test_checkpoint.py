@@ -17,9 +17,10 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from hybridjax.checkpoint import Checkpoints, claim, load_config, restore_model, update_metadata
+from hybridjax.checkpoint import Checkpoints, restore_model, update_metadata
 from hybridjax.config import MeshConfig, OptimizerConfig, UserError
 from hybridjax.optimizer import make_optimizer
+from hybridjax.workdir import claim, load_config
 from hybridjax.sharding import make_mesh, place_parameters
 
 

@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from hybridjax.data.retrieval import Haystack, Needles, needle_batch
-from hybridjax.models.decoder import Decoder
 from hybridjax.mixers.base import Context
+from hybridjax.models.decoder import Decoder
 
 TOKENS = 16384  # in one call of the model
 TAIL = 32  # tokens at the end of a row whose predictions are looked at

@@ -7,7 +7,6 @@ are composed: cos(a + b) = cos a cos b - sin a sin b.
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int

@@ -9,7 +9,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from hybridjax.layers.linear import Linear, repeat_heads, split_heads

@@ -10,7 +10,6 @@ where norm spans all heads and s_h are the ALiBi slopes.
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from hybridjax.layers.linear import Linear, repeat_heads, split_heads

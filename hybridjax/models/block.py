@@ -1,6 +1,5 @@
 """The residual block: one letter of the stack."""
 
-import dataclasses
 from typing import Any
 
 import jax

@@ -27,7 +27,9 @@ def attention(
     window: int | Int[Array, ""] | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> Float[Array, "B T H V"]:
-    """`softmax(scale q k^T) v` over the keys a query sees (https://arxiv.org/abs/1706.03762, eq. 1).
+    """`softmax(scale q k^T) v` over the keys a query sees.
+
+    Attention Is All You Need (https://arxiv.org/abs/1706.03762), eq. 1.
 
     Query t sees key s if `k_index[s] <= q_index[t]`, their segments are equal and not 0, and
     `q_index[t] - k_index[s] < window`. A query that sees no key returns 0 and has no gradient.

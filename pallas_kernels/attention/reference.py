@@ -1,4 +1,4 @@
-"""The definition, with the whole T x S matrix: the oracle. Follows the inputs' dtype from f32 up."""
+"""The definition, with the whole T x S matrix: the oracle. Follows v's dtype from f32 up."""
 
 import jax.numpy as jnp
 

@@ -51,7 +51,8 @@ CASES = {
 def make(rng, T, S=None, H=2, G=2, K=4, V=4, **options):
     S = S or T
     shapes = (2, T, H, K), (2, S, G, K), (2, S, G, V)
-    return [rng.standard_normal(shape) for shape in shapes], rng.standard_normal((2, T, H, V)), options
+    arrays = [rng.standard_normal(shape) for shape in shapes]
+    return arrays, rng.standard_normal((2, T, H, V)), options
 
 
 def run(arrays, weight, options, implementation, dtype):
@@ -195,7 +196,7 @@ def test_blocks_that_see_nothing_are_not_computed(options, untouched, rng, small
     assert np.all(np.isfinite(dq[:, 32:]))
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_inside_shard_map(check_vma, rng, small_blocks):
     arrays, _, _ = make(rng, T=20)
     q, k, v = (jnp.asarray(x, jnp.float32) for x in arrays)

@@ -144,7 +144,7 @@ def test_bfloat16_inputs_cost_only_their_rounding(case, rng):
     assert distance(state, state_wide) < 1e-6
 
 
-@pytest.mark.parametrize("cut, decay", [(1, "heads"), (8, "heads"), (13, "token")])
+@pytest.mark.parametrize("cut, decay", [(8, "heads"), (13, "token")])
 def test_split_in_two_is_the_whole(cut, decay, rng):
     arrays, _, options = make(rng, T=29, decay=decay)
     state = arrays.pop("initial_state")
@@ -164,7 +164,7 @@ def test_documents_are_as_alone(rng):
     arrays, _, options = make(rng, T=35, segments=PACKED)
     del arrays["initial_state"]
     o, _ = linear_attention(**arrays, **options)
-    for row, document in [(0, 1), (0, 2), (0, 3), (0, 4), (1, 7)]:
+    for row, document in [(0, 1), (0, 4), (1, 7)]:
         at = PACKED[row] == document
         alone = {name: x[row][None, at] for name, x in arrays.items() if name != "decay"}
         o_alone, _ = linear_attention(**alone, decay=arrays["decay"])
@@ -188,7 +188,7 @@ def test_the_final_state_is_given_only_on_request(rng):
     assert linear_attention(**arrays, implementation="reference")[1] is None
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_inside_shard_map_vmap_and_checkpoint(check_vma, rng):
     arrays, _, _ = make(rng, T=16)
     q, k, v, decay = (jnp.asarray(arrays[name], jnp.float32) for name in ("q", "k", "v", "decay"))
