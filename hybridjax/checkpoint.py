@@ -45,7 +45,6 @@ class Checkpoints:
     ):
         """`best`: the name in `metadata["metrics"]` by which one more checkpoint is kept."""
         self._workdir, self._directory = epath.Path(workdir), _directory(workdir)
-        self._config = read_json(self._workdir / "config.json")
         self._last = None  # the step last saved or restored
         sign = 1.0 if higher_is_better else -1.0
         policy = ocp.training.preservation_policies
@@ -89,6 +88,7 @@ class Checkpoints:
         self._last, parts, metadata = step, _parts(state), dict(metadata or {})
         metrics = {k: v for k, v in metadata.get("metrics", {}).items() if math.isfinite(v)}
         sums = {name: _checksum(part) for name, part in parts.items()}
+        config = read_json(self._workdir / "config.json")
         with self._writing():
             _later_metadata(self._workdir, step).unlink(missing_ok=True)
             self._checkpointer.save_checkpointables_async(
@@ -97,7 +97,7 @@ class Checkpoints:
                 force=True,
                 overwrite=True,
                 metrics=metrics or None,
-                custom_metadata={"config": self._config, "metadata": metadata, "checksums": sums},
+                custom_metadata={"config": config, "metadata": metadata, "checksums": sums},
             )
 
     def wait(self) -> None:

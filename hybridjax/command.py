@@ -32,6 +32,7 @@ def run(main: Callable[[], None]) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         try:
+            _check_config_file()
             rest = FLAGS(sys.argv)[1:]
         except (flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
             _explain_overrides()
@@ -57,15 +58,26 @@ def prepare_jax() -> None:
         jax.config.update("jax_compilation_cache_dir", str(home / "hybridjax" / "compiled"))
 
 
-def _explain_overrides() -> None:
-    """Raises what is wrong with the first bad `--config.key=value`, if one of them is."""
+def _given_config() -> tuple[pathlib.Path, str | None] | None:
+    """File and argument of the last `--config=FILE:ARG`, as ml-collections reads them."""
     given = [arg for arg in sys.argv[1:] if arg.startswith("--config=")]
     if not given:
-        return
+        return None
     path, _, arg = given[-1].removeprefix("--config=").partition(":")
-    if not pathlib.Path(path).exists():
-        raise UserError(f"there is no config file {path}: the shipped ones are in configs/")
-    config = runpy.run_path(path)["get_config"](arg or None)
+    return pathlib.Path(path), arg or None
+
+
+def _check_config_file() -> None:
+    """Without this, a missing file would show up only when a setting is read."""
+    if (given := _given_config()) and not given[0].is_file():
+        raise UserError(f"there is no config file {given[0]}: the shipped ones are in configs/")
+
+
+def _explain_overrides() -> None:
+    """Raises what is wrong with the first bad `--config.key=value`, if one of them is."""
+    if not (given := _given_config()):
+        return
+    config = runpy.run_path(str(given[0]))["get_config"](given[1])
     for flag in sys.argv[1:]:
         if flag.startswith("--config.") and "=" in flag:
             key, _, value = flag.removeprefix("--config.").partition("=")

@@ -56,9 +56,9 @@ def measure(run: Run) -> dict[str, Any]:
     config, ev = run.config, run.config.evaluation
     lengths = tuple(times * config.seq_len for times in ev.lengths)
     base, bits = heldout.choose_logit_base(
-        run.model, run.tokenizer, lengths, ev.heldout_tokens, ev.logit_bases
+        run.model, run.tokenizer, lengths[-2:], ev.heldout_tokens, ev.logit_bases
     )
-    bases = (None,) if base is None else (None, base)
+    bases = (None, float(config.seq_len) if base is None else base)
     texts = [
         heldout.bits_per_byte(
             run.model,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import flags
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from hybridjax import command, evaluate, metrics
 from hybridjax.checkpoint import Checkpoints, restore_model
@@ -27,8 +27,8 @@ from hybridjax.loss import next_token_loss
 from hybridjax.mixers.base import Context
 from hybridjax.models.decoder import Decoder
 from hybridjax.optimizer import make_optimizer, may_change_steps, schedule
-from hybridjax.sharding import make_mesh, named_sharding, place, place_parameters
-from hybridjax.workdir import claim
+from hybridjax.sharding import make_mesh, named_sharding, place, place_parameters, ways
+from hybridjax.workdir import check_owner, claim
 
 MAY_CHANGE = ("steps", "log_every", "checkpoint.*", "evaluation.*", "mesh.*", "name")
 
@@ -46,12 +46,13 @@ class TrainState:
 def main() -> None:
     config = typed(command.config())
     workdir = pathlib.Path(flags.FLAGS.workdir or f"runs/{config.name}")
+    check_owner(workdir, dataclasses.asdict(config), allowed=MAY_CHANGE)
 
     # ------------------------------------------------------------ mesh and data
     mesh = make_mesh(config.mesh)
     jax.set_mesh(mesh)
     tokenizer = _load_tokenizer(config)
-    _check_batch(config)
+    _check_sizes(config)
     align = jax.eval_shape(lambda: Decoder(config.model, jax.random.key(0))).align
     loader = make_loader(
         config.data,
@@ -62,7 +63,6 @@ def main() -> None:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    claim(workdir, dataclasses.asdict(config), allowed=MAY_CHANGE)
 
     # ------------------------------------------------------------ model and optimizer
     key = jax.random.key(config.seed)
@@ -86,9 +86,10 @@ def main() -> None:
     else:
         state, step = new_state(), 0
         if config.init_from:
-            source, _, at = config.init_from.partition("@")
-            model, _, _ = restore_model(source, state.model, int(at) if at else None)
+            source, at = _source(config.init_from)
+            model, _, _ = restore_model(source, state.model, at)
             state = dataclasses.replace(state, model=model)
+    claim(workdir, dataclasses.asdict(config), allowed=MAY_CHANGE)
 
     writer = metrics.MetricWriter(workdir, resume_step=step)
     tokens_per_step = config.batch_size * config.seq_len
@@ -110,14 +111,13 @@ def main() -> None:
     def check_finite() -> None:
         for at, loss in unchecked:
             if not np.isfinite(loss):
-                raise UserError(
-                    f"the loss is {float(loss)} at step {at}; the last good checkpoint is at step "
-                    f"{checkpoints.latest}: lower the learning rate or look at the data there"
-                )
+                raise _not_finite(f"the loss is {float(loss)} at step {at}", checkpoints)
         unchecked.clear()
 
     def save() -> None:
         check_finite()
+        if not _all_finite(state):
+            raise _not_finite(f"the update of step {step} is not finite", checkpoints)
         checkpoints.save(step, state, loader, {"metrics": results})
 
     try:
@@ -143,6 +143,7 @@ def main() -> None:
                     save()
         save()
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         checkpoints.close()
         writer.close()
 
@@ -241,12 +242,39 @@ def _load_tokenizer(config: Config):
     return tokenizer
 
 
-def _check_batch(config: Config) -> None:
-    parts = jax.process_count() * config.accumulate
-    if config.batch_size % parts:
+def _check_sizes(config: Config) -> None:
+    sizes = {n: getattr(config, n) for n in ("steps", "batch_size", "seq_len", "accumulate")}
+    sizes["log_every"] = config.log_every
+    sizes |= {f"{n}.every": getattr(config, n).every for n in ("checkpoint", "evaluation")}
+    for name, size in sizes.items():
+        if size < 1:
+            raise UserError(f"config.{name} is {size}: it must be at least 1")
+    parts = config.accumulate * ways("batch")
+    replicable = jax.process_count() == config.accumulate == 1  # at the price of idle devices
+    if config.batch_size % parts and not replicable:
         raise UserError(
-            f"batch_size {config.batch_size} is not divisible by processes x accumulate = {parts}"
+            f"batch_size {config.batch_size} is not divisible by accumulate x devices along the "
+            f"batch = {parts}: use a multiple of that"
         )
+
+
+def _source(init_from: str) -> tuple[str, int | None]:
+    """(workdir, step) of `workdir[@step]`."""
+    workdir, at, step = init_from.rpartition("@")
+    return (workdir, int(step)) if at and step.isdigit() else (init_from, None)
+
+
+@jax.jit
+def _all_finite(tree: Any) -> Bool[Array, ""]:
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))
+
+
+def _not_finite(fault: str, checkpoints: Checkpoints) -> UserError:
+    checkpoints.wait()
+    last = checkpoints.latest
+    good = "there is no checkpoint" if last is None else f"the last good checkpoint is at step {last}"
+    return UserError(f"{fault}; {good}: lower the learning rate or look at the data there")
 
 
 def _check_length(config: Config, previous: dict[str, Any], step: int) -> None:

@@ -56,41 +56,58 @@ def claim(
 ) -> dict[str, Any] | None:
     """Record `config` as the directory's own; return the one it had, None for a new directory.
 
+    Raises `UserError` as `check_owner` does, or where the directory cannot be written.
+    """
+    previous = check_owner(workdir, config, allowed)
+    path = _config_file(workdir)
+    if _as_json(config) != previous and jax.process_index() == 0:
+        with one_line(f"cannot use {path}: ", "choose another workdir"):
+            write_json(path, _as_json(config))
+    return previous
+
+
+def check_owner(
+    workdir: str | os.PathLike, config: Mapping[str, Any], allowed: tuple[str, ...] = ()
+) -> dict[str, Any] | None:
+    """The configuration that the directory has, None for a new directory; writes nothing.
+
     Args:
       allowed: globs of dotted keys that may change from one start to the next.
 
     Raises:
-      UserError: the directory belongs to another configuration, or cannot be written.
+      UserError: the directory belongs to another configuration, or cannot be read.
     """
-    path = epath.Path(workdir) / "config.json"
-    config = json.loads(json.dumps(config))  # tuples are lists in the file
-    with one_line(f"cannot use {path}: ", "choose another workdir"):
-        previous = read_json(path)
-        old, new = dict(_dotted(previous or {})), dict(_dotted(config))
-        changed = [
-            f"{key}: {old.get(key, 'not set')!r} there, {new.get(key, 'not set')!r} here"
-            for key in sorted(old.keys() | new.keys())
-            if not any(fnmatch.fnmatchcase(key, glob) for glob in allowed)
-            and (key not in old or key not in new or old[key] != new[key])
-        ]
-        if previous is not None and changed:
-            more = [f"and {len(changed) - 5} more"] if len(changed) > 5 else []
-            raise UserError(
-                f"{workdir} belongs to another configuration ({'; '.join(changed[:5] + more)}): "
-                "choose another workdir"
-            )
-        if config != previous and jax.process_index() == 0:
-            write_json(path, config)
+    previous = read_json(_config_file(workdir))
+    old, new = dict(_dotted(previous or {})), dict(_dotted(_as_json(config)))
+    changed = [
+        f"{key}: {old.get(key, 'not set')!r} there, {new.get(key, 'not set')!r} here"
+        for key in sorted(old.keys() | new.keys())
+        if not any(fnmatch.fnmatchcase(key, glob) for glob in allowed)
+        and (key not in old or key not in new or old[key] != new[key])
+    ]
+    if previous is not None and changed:
+        more = [f"and {len(changed) - 5} more"] if len(changed) > 5 else []
+        raise UserError(
+            f"{workdir} belongs to another configuration ({'; '.join(changed[:5] + more)}): "
+            "choose another workdir"
+        )
     return previous
 
 
 def load_config(workdir: str | os.PathLike) -> dict[str, Any]:
     """The configuration of the run in `workdir`."""
-    path = epath.Path(workdir) / "config.json"
-    config = read_json(path)
+    config = read_json(_config_file(workdir))
     if config is None:
         raise UserError(f"no hybridjax run in {workdir}: there is no config.json; correct the path")
     return config
+
+
+def _config_file(workdir: str | os.PathLike) -> epath.Path:
+    return epath.Path(workdir) / "config.json"
+
+
+def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(config))  # tuples are lists in the file
 
 
 def _dotted(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

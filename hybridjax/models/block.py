@@ -67,11 +67,12 @@ class Block(nnx.Module):
     @property
     def letter(self) -> Letter:
         """Its interface to other layers: what the planner reads."""
-        gather = lambda name: tuple(n for m in self.mixers for n in getattr(m, name))
-        own = gather("publishes")
-        reads = tuple(n for n in gather("reads") if n not in own)
+        own, reads = [], []
+        for mixer in self.mixers:
+            reads += [name for name in mixer.reads if name not in own]
+            own += mixer.publishes
         counted = self.mlp is not None or any(m.adds for m in self.mixers)
-        return Letter(own, reads, counted)
+        return Letter(tuple(own), tuple(reads), counted)
 
     @property
     def align(self) -> int:

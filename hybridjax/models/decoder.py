@@ -159,7 +159,7 @@ class Decoder(nnx.Module):
             h, states, ctx = block.extend(h, states, ctx)
             return h, ctx, states
 
-        h, layers = self.fold(advance, h, ctx, state.layers)
+        h, layers = self.fold(advance, h, ctx, states=state.layers)
         return self.norm(h), dataclasses.replace(
             state, layers=layers, length=new_length(state.length, ctx)
         )
@@ -167,7 +167,12 @@ class Decoder(nnx.Module):
     # ------------------------------------------------------------ the stack
 
     def fold(
-        self, f: Callable, h: Float[Array, "B T D"], ctx: Context, *per_layer: Any
+        self,
+        f: Callable,
+        h: Float[Array, "B T D"],
+        ctx: Context,
+        *per_layer: Any,
+        states: PerLayer | None = None,
     ) -> tuple[Float[Array, "B T D"], PerLayer]:
         """Folds `f(block, h, ctx, *extra) -> (h, ctx, out)` over the blocks, first to last.
 
@@ -177,40 +182,44 @@ class Decoder(nnx.Module):
         Args:
           per_layer: trees whose arrays lead with one entry per letter of the stack, or `PerLayer`;
             `f` gets each layer's part as `extra`.
+          states: values that the fold replaces: `f` gets each layer's before `extra`, and its
+            `out` is the new one. They are written in place, where as one of `per_layer` every
+            buffer would exist twice.
         Returns:
           the last h, and every `out`.
         """
         rest = [self._by_group(values) for values in per_layer]
-        policy = REMAT[self.remat]
-
-        def call(block, h, ctx, *extra):
-            step = lambda block, h, ctx, *extra: f(block, h, ctx, *extra)
-            if self.remat != "none":
-                step = jax.checkpoint(step, policy=policy)
-            return step(block, h, ctx, *extra)
+        buffers = (None,) * len(self.plan) if states is None else states.groups
+        call = f
+        if self.remat != "none":
+            call = jax.checkpoint(lambda *args: f(*args), policy=REMAT[self.remat])
 
         outs = []
-        for group, blocks, *extras in zip(self.plan, self.groups, *rest, strict=True):
+        for group, blocks, held, *extras in zip(
+            self.plan, self.groups, buffers, *rest, strict=True
+        ):
 
-            def repeat(h, ctx, blocks, extras):
+            def repeat(h, ctx, held, blocks, extras):
                 out = []
-                for block, *extra in zip(blocks, *extras, strict=True):
+                for block, *extra in zip(blocks, *held, *extras, strict=True):
                     h, ctx, o = call(block, h, ctx, *extra)
                     out.append(o)
                 return h, ctx, tuple(out)
 
-            xs = (tuple(blocks), extras)
+            held, xs = () if held is None else (held,), (tuple(blocks), extras)
             if self.scan and group.repeats > 1:
 
-                def body(h, x, ctx=ctx):
-                    h, _, out = repeat(h, ctx, *x)  # what a repeat publishes ends with it
-                    return h, out
+                def body(carry, x, ctx=ctx):
+                    (h, held), (r, x) = carry, x
+                    h, _, out = repeat(h, ctx, _at(held, r), *x)  # what it publishes ends here
+                    return ((h, _put(held, r, (out,))), None) if held else ((h, held), out)
 
-                h, out = jax.lax.scan(body, h, xs)
+                (h, held), out = jax.lax.scan(body, (h, held), (jnp.arange(group.repeats), xs))
+                out = held[0] if held else out
             else:
                 each = []
                 for r in range(group.repeats):
-                    h, ctx, out = repeat(h, ctx, *jax.tree.map(lambda x, r=r: x[r], xs))
+                    h, ctx, out = repeat(h, ctx, *_at((held, *xs), r))
                     each.append(out)
                 out = jax.tree.map(lambda *x: jnp.stack(x), *each)
             outs.append(out)
@@ -219,11 +228,10 @@ class Decoder(nnx.Module):
     def layer(self, index: int) -> Block:
         """The index-th layer that adds to the stream, as a block of its own (a copy)."""
         letter = self.counted[index]
-        for group, blocks in zip(self.plan, self.groups, strict=True):
-            if group.start <= letter < group.stop:
-                repeat, j = divmod(letter - group.start, len(group.pattern))
-                return jax.tree.map(lambda x: x[repeat], blocks[j])
-        raise IndexError(index)
+        stack = zip(self.plan, self.groups, strict=True)
+        group, blocks = next((g, b) for g, b in stack if letter < g.stop)
+        repeat, position = divmod(letter - group.start, len(group.pattern))
+        return _at(blocks[position], repeat)
 
     @property
     def align(self) -> int:
@@ -240,6 +248,15 @@ class Decoder(nnx.Module):
             )
             for g in self.plan
         )
+
+
+def _at(tree: Any, index: Any) -> Any:
+    return jax.tree.map(lambda x: x[index], tree)
+
+
+def _put(tree: Any, index: Any, values: Any) -> Any:
+    write = lambda x, value: jax.lax.dynamic_update_index_in_dim(x, value, index, axis=0)
+    return jax.tree.map(write, tree, values)
 
 
 def _apply(block: Block, h, ctx, *data):

@@ -1,0 +1,33 @@
+"""A config file for tests: hypenet's tiny preset, small enough to train in seconds."""
+
+from ml_collections import ConfigDict
+
+from configs import hypenet
+from hybridjax.config import choose
+
+
+def micro() -> ConfigDict:
+    """The three intervals and the number of steps have no common divisor."""
+    config = hypenet.tiny()
+    for block in config.model.blocks.values():
+        block.mixers[0].update(heads=2, head_dim=8)
+        block.mlp.hidden = 32
+    config.name = "test"
+    config.model.width = 16
+    config.optimizer.update(name="adamw", warmup_steps=2)
+    config.update(steps=7, batch_size=4, seq_len=32, log_every=2)
+    config.checkpoint.every = 3
+    config.evaluation = ConfigDict(
+        dict(every=4, heldout_tokens=256, lengths=(1,), facts=(1,), examples=10, logit_bases=())
+    )
+    return config
+
+
+def constant() -> ConfigDict:
+    config = micro()
+    config.optimizer.schedule = "constant"
+    return config
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    return choose(arg, {"micro": micro, "constant": constant})

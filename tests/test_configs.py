@@ -1,0 +1,83 @@
+"""Every shipped config: its small presets take a step, its large ones have the published shapes."""
+
+import pathlib
+import runpy
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from hybridjax.config import Config, typed
+from hybridjax.data.pipeline import make_loader
+from hybridjax.models.decoder import Decoder
+from hybridjax.optimizer import make_optimizer
+from hybridjax.train import TrainState, make_train_step
+
+FILES = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
+TINY = [
+    pytest.param(file, preset, id=f"{file.stem}:{preset}")
+    for file in FILES
+    for preset in runpy.run_path(str(file))["PRESETS"]
+    if preset.startswith("tiny")
+]
+
+
+def load(file: pathlib.Path | str, arg: str = "") -> Config:
+    if isinstance(file, str):
+        file = FILES[[f.stem for f in FILES].index(file)]
+    return typed(runpy.run_path(str(file))["get_config"](arg))
+
+
+def parameters(config: Config) -> int:
+    model = jax.eval_shape(lambda: Decoder(config.model, jax.random.key(0)))
+    return sum(x.size for x in jax.tree.leaves(model))
+
+
+@pytest.mark.parametrize(("file", "preset"), TINY)
+def test_a_tiny_preset_takes_a_step(file, preset):
+    config = load(file, f"{preset},batch_size=2")
+    model = jax.jit(lambda key: Decoder(config.model, key))(jax.random.key(0))
+    before = jax.tree.map(jnp.copy, model)
+    optimizer = make_optimizer(config.optimizer, config.steps, model)
+    loader = make_loader(config.data, seq_len=config.seq_len, batch_size=2, seed=0)
+    state = TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model))
+    state, scalars = make_train_step(optimizer, config)(state, next(loader))
+    assert jnp.isfinite(scalars["loss"])
+    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), state.model, before)
+    assert all(jax.tree.leaves(moved))
+
+
+def test_the_transformer_twins_have_the_size_of_tiny():
+    tiny = parameters(load("hypenet"))
+    for preset in ("tiny-transformer", "tiny-nope", "tiny-reverse"):
+        assert abs(parameters(load("hypenet", preset)) / tiny - 1) < 0.05
+
+
+RELEASED = {  # layers, width, FFN, heads, attention layers of the released configs
+    "2b": (28, 2048, 6144, 16, [2, 3, 6, 8, 9, 21, 25]),
+    "5b": (36, 2560, 9728, 32, [0, 1, 7, 14, 15, 22, 24, 31, 33]),
+    "9b": (36, 4096, 12288, 32, [1, 2, 4, 6, 7, 10, 24, 33, 34]),
+}
+
+
+@pytest.mark.parametrize("preset", RELEASED)
+def test_released_shapes(preset):
+    depth, width, hidden, heads, attention = RELEASED[preset]
+    model = load("hypenet", preset).model
+    assert [i for i, letter in enumerate(model.layers) if letter == "A"] == attention
+    assert (len(model.layers), model.width, model.vocab, model.tied) == (depth, width, 151936, True)
+    softmax, linear = model.blocks["A"].mixers[0], model.blocks["L"].mixers[0]
+    assert (softmax["heads"], softmax["kv_heads"], softmax["head_dim"]) == (heads, 8, 128)
+    assert (linear["heads"], linear["kv_heads"], linear["head_dim"]) == (heads, None, 128)
+    assert (softmax["rope"], linear["rope"], linear["theta"]) == (False, True, 1e6)
+    assert model.blocks["A"].mlp["hidden"] == model.blocks["L"].mlp["hidden"] == hidden
+
+
+def test_from_scratch_500m_is_the_papers():
+    config = load("hypenet", "500m")
+    assert config.model.layers == "ALLL" * 7
+    assert (config.batch_size, config.seq_len, config.steps) == (128, 4096, 40_000)
+    optimizer = config.optimizer
+    assert (optimizer.learning_rate, optimizer.final_learning_rate) == (5e-4, 5e-5)
+    assert (optimizer.schedule, optimizer.weight_decay) == ("wsd", 0.1)
+    assert 0.5e9 < parameters(config) < 0.7e9
