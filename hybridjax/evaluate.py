@@ -45,6 +45,7 @@ def report(workdir: str | os.PathLike) -> dict[str, Any]:
     update_metadata(workdir, run.step, {"logit_base": results["logit_base"]})
     (run.workdir / RESULTS).write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
     plots.loss(read_metrics(workdir), run.workdir / "loss.png", title=run.config.name)
+    plots.heldout(results, run.workdir / "heldout.png")
     plots.needle_heatmap(results, run.workdir / "needle.png")
     print(table(results))
     print(f"numbers: {run.workdir / RESULTS}   picture: {run.workdir / 'needle.png'}")
@@ -82,7 +83,7 @@ def measure(run: Run) -> dict[str, Any]:
             times=times,
             facts=facts,
             examples=ev.examples,
-            logit_bases=bases,
+            logit_bases=bases if facts == ev.facts[0] else (base,),
         )
     ]
     return dict(

@@ -2,10 +2,13 @@
 
 The prompt is read in pieces of one fixed size, so any length needs one compilation and bounded
 memory; then tokens come one by one. `--save_state` keeps what the model has read, and
-`--load_state` continues it: many questions (`--prompt=A --prompt=B`) of one long prefix.
+`--load_state` continues it: alone, or with many questions of one long prefix
+(`--prompt=A --prompt=B`).
 """
 
+import contextlib
 import functools
+import itertools
 import pathlib
 import time
 from collections.abc import Iterator, Sequence
@@ -21,8 +24,11 @@ from safetensors.flax import load_file, save_file
 
 from hybridjax import command
 from hybridjax.config import UserError
+from hybridjax.data.tokenizer import TextStream
+from hybridjax.files import one_line, reason
 from hybridjax.layers.position import MAX_POSITION
 from hybridjax.models.decoder import Decoder, DecoderState
+from hybridjax.sharding import place
 from hybridjax.workdir import open_run
 
 PIECE = 512  # tokens of a prompt that are read at once
@@ -35,50 +41,65 @@ def main() -> None:
         raise UserError("no model: give --workdir=runs/NAME")
     run = open_run(given.workdir)
     model, tokenizer = run.model, run.tokenizer
-    prompts = [*given.prompt, *(pathlib.Path(p).read_text() for p in given.prompt_file)]
+    prompts = [*given.prompt, *map(_text_of, given.prompt_file)]
     rows = [tokenizer.encode(prompt) for prompt in prompts]
-    if not rows or any(len(row) == 0 for row in rows):
+    if any(len(row) == 0 for row in rows) or not (rows or given.load_state):
         raise UserError("no prompt: give --prompt=TEXT or --prompt_file=PATH, not empty")
-    longest = max(map(len, rows))
-    max_length = given.max_length or longest + given.tokens
+    longest = max(map(len, rows), default=0)
     base = None if run.logit_base is None else jnp.float32(run.logit_base)
 
+    # ------------------------------------------------------------ read
     if given.load_state:
-        state, _ = load_prefix(given.load_state, model)
-        state = fork(state, len(rows))
+        prefix = fork(load_prefix(given.load_state, model), len(rows) or None)
+        check_room(prefix[0], longest + given.tokens)
     else:
-        state = new_state(model, len(rows), max_length)
-    check_room(state, longest + given.tokens)
-
+        need = longest + given.tokens
+        room = given.max_length or -(-need // PIECE) * PIECE  # few sizes: compiled programs serve
+        check_length(need, room)
+        prefix = new_state(model, len(rows), room), None
     began = time.perf_counter()
-    state, logits = jax.block_until_ready(prefill(model, rows, state, logit_base=base))
-    read_seconds = time.perf_counter() - began
+    if rows:
+        prefix = jax.block_until_ready(prefill(model, rows, prefix[0], logit_base=base))
+    seconds = time.perf_counter() - began
+    read = sum(map(len, rows))
+    notes = [f"read {read:,} tokens in {seconds:.1f} s, compilation included"] if rows else []
     if given.save_state:
-        save_prefix(given.save_state, (state, logits))
-        print(f"read {longest} tokens; state saved to {given.save_state}")
+        save_prefix(given.save_state, prefix)
+        notes.append(f"state saved to {given.save_state}")
 
+    notes.append(f"state {state_bytes(prefix[0]):,} bytes")
+
+    # ------------------------------------------------------------ write
     sampler = functools.partial(
         sample, temperature=given.temperature, top_k=given.top_k, top_p=given.top_p
     )
-    began, written = time.perf_counter(), [[] for _ in rows]
-    stream = decode(model, (state, logits), jax.random.key(given.seed), sampler, base)
-    for _, tokens in zip(range(given.tokens), stream, strict=False):
-        for row, token in zip(written, tokens, strict=True):
+    steps = decode(model, prefix, jax.random.key(given.seed), sampler, base)
+    written: list[list[int]] = [[] for _ in range(prefix[1].shape[0])]
+    text = TextStream(tokenizer)
+    for count, tokens in enumerate(itertools.islice(steps, given.tokens)):
+        if count == 1:
+            began = time.perf_counter()  # the first step compiles
+        for row, token in zip(written, map(int, tokens), strict=True):
             if not (row and row[-1] == tokenizer.eos):
-                row.append(int(token))
-        if len(rows) == 1:
-            print(tokenizer.decode(written[0][-1:]), end="", flush=True)
+                row.append(token)
         if all(row[-1] == tokenizer.eos for row in written):
             break
-    seconds = time.perf_counter() - began
-    if len(rows) > 1:
-        for prompt, row in zip(prompts, written, strict=True):
-            print(f"> {prompt[-60:]}\n{tokenizer.decode(row)}")
-    count = sum(map(len, written))
-    print(
-        f"\n[read {sum(map(len, rows)) / read_seconds:,.0f} tokens/s, wrote "
-        f"{count / max(seconds, 1e-9):,.1f} tokens/s, state {state_bytes(state):,} bytes]"
-    )
+        if len(written) == 1:
+            print(text.push(tokens), end="", flush=True)
+    rate = count * len(written) / (time.perf_counter() - began)
+    if len(written) == 1:
+        print(text.flush())
+    else:
+        for i, row in enumerate(written):
+            title = prompts[i][-60:] if prompts else f"row {i}"
+            print(f"> {title}\n{tokenizer.decode([t for t in row if t != tokenizer.eos])}")
+    notes += [f"wrote {rate:,.1f} tokens/s"] if count else []
+    print(f"[{', '.join(notes)}]")
+
+
+def _text_of(path: str) -> str:
+    with one_line(f"cannot read the prompt {path}: ", "give a file of UTF-8 text"):
+        return pathlib.Path(path).read_text(encoding="utf-8")
 
 
 # ---------------------------------------------------------------- reading
@@ -92,7 +113,10 @@ def prefill(
     logit_base: Float[Array, ""] | None = None,
     piece: int = PIECE,
 ) -> Prefix:
-    """Reads prompts of unequal lengths after what the state has seen, `piece` tokens at a time."""
+    """Reads prompts of unequal lengths after what the state has seen, `piece` tokens at a time.
+
+    The state is used up: copy one that is to be continued in several ways.
+    """
     longest = max(map(len, rows))
     tokens = np.zeros((len(rows), -(-longest // piece) * piece), np.int32)
     segments = np.zeros_like(tokens)
@@ -110,10 +134,15 @@ def prefill(
 
 @functools.partial(jax.jit, donate_argnums=3)
 def _read(model, tokens, segments, state, logit_base):
+    tokens, segments = place(tokens, "batch", None), place(segments, "batch", None)
     h, state = model.extend(tokens, state, segments, logit_base)
-    last = jnp.maximum(jnp.sum(segments, axis=1) - 1, 0)
-    h = jnp.take_along_axis(h, last[:, None, None], axis=1)
-    return model.logits(h)[:, 0], state
+    last = jnp.arange(tokens.shape[1]) == jnp.sum(segments, axis=1, keepdims=True) - 1
+    h = jnp.sum(h, axis=1, keepdims=True, where=last[..., None])
+    return _logits(model, h), state
+
+
+def _logits(model: Decoder, h: Float[Array, "B 1 D"]) -> Float[Array, "B vocab"]:
+    return place(model.logits(h)[:, 0], "batch", None)
 
 
 # ---------------------------------------------------------------- writing
@@ -122,8 +151,9 @@ def _read(model, tokens, segments, state, logit_base):
 def decode(
     model: Decoder, prefix: Prefix, key: jax.Array, sampler, logit_base=None
 ) -> Iterator[Int[np.ndarray, " B"]]:
-    """Tokens after a prefix, one per row at a time, without end. The prefix stays usable."""
-    state, logits = jax.tree.map(jnp.copy, prefix)
+    """Tokens after a prefix, one per row at a time, without end. The prefix is used up: copy one
+    that is to be continued in several ways."""
+    state, logits = prefix
     for step in range(MAX_POSITION):
         tokens, state, logits = _write(
             model, state, logits, jax.random.fold_in(key, step), logit_base, sampler
@@ -135,7 +165,7 @@ def decode(
 def _write(model, state, logits, key, logit_base, sampler):
     tokens = sampler(logits, key)
     h, state = model.extend(tokens[:, None], state, logit_base=logit_base)
-    return tokens, state, model.logits(h)[:, 0]
+    return tokens, state, _logits(model, h)
 
 
 def sample(
@@ -152,7 +182,7 @@ def sample(
         return jnp.argmax(logits, axis=-1)
     logits = logits / temperature
     if top_k:
-        threshold = jax.lax.top_k(logits, top_k)[0][:, -1:]
+        threshold = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
         logits = jnp.where(logits >= threshold, logits, -jnp.inf)
     if top_p < 1:
         ordered = jnp.sort(logits, axis=-1, descending=True)
@@ -174,21 +204,30 @@ def new_state(model: Decoder, batch: int, max_length: int) -> DecoderState:
 
 def check_room(state: DecoderState, tokens: int) -> None:
     """Raises UserError if the state's buffers cannot take so many more tokens."""
-    room, seen = state.max_length, int(jnp.max(state.length))
+    check_length(tokens, state.max_length, seen=int(jnp.max(state.length)))
+
+
+def check_length(tokens: int, room: int, seen: int = 0) -> None:
     if seen + tokens > room:
+        before = f" ({seen} read before)" if seen else ""
         raise UserError(
-            f"{seen + tokens} tokens ({seen} read before) do not fit into a state for {room}: "
-            "give a larger --max_length, or a shorter prompt or --tokens"
+            f"{seen + tokens} tokens{before} do not fit into a state for {room}: give a larger "
+            "--max_length when the prompt is read, or a shorter prompt or fewer --tokens"
         )
 
 
-def fork(state: DecoderState, count: int) -> DecoderState:
-    """The state of one prefix as that of `count` rows which go on in different ways."""
-    if state.length.shape[0] == count:
-        return state
-    if state.length.shape[0] != 1:
-        raise UserError(f"a state of {state.length.shape[0]} rows cannot be forked to {count}")
-    return jax.tree.map(lambda x, axis: jnp.repeat(x, count, axis), state, state.batch_axes())
+def fork(prefix: Prefix, count: int | None) -> Prefix:
+    """One prefix as that of `count` rows which go on in different ways; None: as it is."""
+    state, logits = prefix
+    if count in (None, logits.shape[0]):
+        return prefix
+    if logits.shape[0] != 1:
+        raise UserError(
+            f"the saved state has {logits.shape[0]} rows and there are {count} prompts: give as "
+            "many prompts, or save the state of one"
+        )
+    axes = (state.batch_axes(), 0)
+    return jax.tree.map(lambda x, axis: jnp.repeat(x, count, axis), prefix, axes)
 
 
 def state_bytes(state: DecoderState) -> int:
@@ -197,25 +236,37 @@ def state_bytes(state: DecoderState) -> int:
 
 def save_prefix(path: str, prefix: Prefix) -> None:
     metadata = {"max_length": str(prefix[0].max_length), "rows": str(prefix[1].shape[0])}
-    save_file(_named(prefix), path, metadata)
+    with _errors_of(f"cannot write the state {path}", "choose another --save_state"):
+        save_file(_named(prefix), path, metadata)
 
 
 def load_prefix(path: str, model: Decoder) -> Prefix:
     """Raises UserError for a file that does not hold a state of this model."""
-    try:
+    with _errors_of(f"{path} is not a saved state", "give a file that --save_state wrote"):
         with safetensors.safe_open(path, "flax") as file:
             metadata = file.metadata()
         arrays = load_file(path)
         rows, max_length = int(metadata["rows"]), int(metadata["max_length"])
-    except (OSError, SafetensorError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a saved state: {error}") from error
-    state = jax.eval_shape(lambda: model.init_state(rows, max_length))
     vocab = model.embedding.table.shape[0]
-    wanted = (state, jax.ShapeDtypeStruct((rows, vocab), jnp.float32))
-    shapes = {name: x.shape for name, x in _named(wanted).items()}
-    if shapes != {name: x.shape for name, x in arrays.items()}:
-        raise UserError(f"{path} holds the state of another model: read the prompt again")
-    return jax.tree.unflatten(jax.tree.structure(wanted), [arrays[name] for name in shapes])
+    wanted = (
+        jax.eval_shape(lambda: model.init_state(rows, max_length)),
+        jax.ShapeDtypeStruct((rows, vocab), jnp.float32),
+    )
+    kinds = lambda named: {name: (x.shape, x.dtype) for name, x in named.items()}
+    if kinds(_named(wanted)) != kinds(arrays):
+        raise UserError(
+            f"{path} holds the state of another model: save it again, with the model of --workdir"
+        )
+    leaves = [jax.device_put(arrays[name], x.sharding) for name, x in _named(wanted).items()]
+    return jax.tree.unflatten(jax.tree.structure(wanted), leaves)
+
+
+@contextlib.contextmanager
+def _errors_of(fault: str, advice: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{fault} ({reason(error)}): {advice}") from error
 
 
 def _named(tree) -> dict[str, Array]:
@@ -231,7 +282,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("max_length", 0, "room of the state; 0: what prompt and tokens need")
     flags.DEFINE_float("temperature", 0.0, "0: always the likeliest token", lower_bound=0.0)
     flags.DEFINE_integer("top_k", 0, "draw from the k likeliest; 0: from all", lower_bound=0)
-    flags.DEFINE_float("top_p", 1.0, "draw from the likeliest with this probability in sum")
+    flags.DEFINE_float("top_p", 1.0, "draw from the likeliest of this sum", 1e-6, 1.0)
     flags.DEFINE_integer("seed", 0, "of the draws")
     flags.DEFINE_string("save_state", None, "keep what was read in this file")
     flags.DEFINE_string("load_state", None, "continue what was read into this file")

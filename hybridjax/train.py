@@ -273,7 +273,9 @@ def _all_finite(tree: Any) -> Bool[Array, ""]:
 def _not_finite(fault: str, checkpoints: Checkpoints) -> UserError:
     checkpoints.wait()
     last = checkpoints.latest
-    good = "there is no checkpoint" if last is None else f"the last good checkpoint is at step {last}"
+    good = (
+        "there is no checkpoint" if last is None else f"the last good checkpoint is at step {last}"
+    )
     return UserError(f"{fault}; {good}: lower the learning rate or look at the data there")
 
 

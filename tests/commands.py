@@ -24,6 +24,7 @@ from absl import flags
 from jax.experimental.compilation_cache import compilation_cache
 from orbax.checkpoint import v1 as ocp
 
+from hybridjax import evaluate
 from hybridjax.metrics import read_metrics
 
 MICRO = pathlib.Path(__file__).parent / "micro.py"
@@ -58,8 +59,11 @@ def run(command: str, *args: str) -> Done:
     return Done(code, out.getvalue(), err.getvalue(), warned.lines)
 
 
-def train(workdir, *settings: str, config: str = f"{MICRO}:micro") -> Done:
-    return run("train", f"--config={config}", f"--workdir={workdir}", *settings)
+def train(workdir, *settings: str, config: str = f"{MICRO}:micro", report=False) -> Done:
+    """`report`: whether a finished run is measured, which takes longer than the run."""
+    measured = contextlib.nullcontext() if report else mock.patch.object(evaluate, "report")
+    with measured:
+        return run("train", f"--config={config}", f"--workdir={workdir}", *settings)
 
 
 def end_state(workdir) -> dict:
@@ -81,6 +85,11 @@ def end_state(workdir) -> dict:
         for line in read_metrics(workdir)
     ]
     return dict(step=step, arrays=arrays, data=json.loads(data.read_text()), metrics=metrics)
+
+
+def files(directory) -> dict[str, bytes]:
+    paths = sorted(p for p in pathlib.Path(directory).rglob("*") if p.is_file())
+    return {str(p.relative_to(directory)): p.read_bytes() for p in paths}
 
 
 @contextlib.contextmanager
@@ -147,7 +156,7 @@ def finished(tmp_path_factory, compiled) -> pathlib.Path:
     """The work directory of a run that was never interrupted."""
     workdir = tmp_path_factory.mktemp("finished")
     with use_compiled(compiled):
-        done = train(workdir)
+        done = train(workdir, report=True)
     assert done.code == 0, done
     return workdir
 

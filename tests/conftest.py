@@ -14,6 +14,8 @@ import jax
 import numpy as np
 import pytest
 
+pytest.register_assert_rewrite("commands")
+
 if os.environ["JAX_PLATFORMS"] == "cpu":
     jax.config.update("jax_num_cpu_devices", 8)
 

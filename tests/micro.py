@@ -26,6 +26,7 @@ def micro() -> ConfigDict:
 def constant() -> ConfigDict:
     config = micro()
     config.optimizer.schedule = "constant"
+    config.optimizer.frozen = ("embedding",)
     return config
 
 

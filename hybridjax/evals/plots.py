@@ -53,11 +53,13 @@ def needle_heatmap(results: dict[str, Any], path: str | os.PathLike) -> None:
         for row, n in zip(axes, facts, strict=True):
             for ax, base in zip(row, bases, strict=True):
                 shown = [c for c in cells if c["facts"] == n and c["logit_base"] == base]
+                if not shown:  # measured with the chosen base only
+                    ax.set_axis_off()
+                    continue
                 image = _heatmap(ax, shown)
                 scaling = "no log scaling" if base is None else f"log scaling, a = {base:g}"
                 ax.set_title(f"{n} facts, {scaling}")
-        for ax in axes[-1]:
-            ax.set_xlabel("length / training length (mean below)")
+                ax.set_xlabel("length / training length (mean below)")
         for ax in axes[:, 0]:
             ax.set_ylabel("depth of the fact")
         figure.colorbar(image, ax=axes, label="exact match", fraction=0.03)
@@ -73,6 +75,31 @@ def _heatmap(ax, cells: Sequence[dict[str, Any]]):
     ax.set_yticks([0, depths - 1], ["start", "end"])
     ax.tick_params(length=0)
     return image
+
+
+def heldout(results: dict[str, Any], path: str | os.PathLike) -> None:
+    """Bits per byte by position, at the longest length; and by length."""
+    with plt.rc_context(_STYLE):
+        figure, (by_position, by_length) = plt.subplots(
+            1, 2, figsize=(7.5, 3), sharey=True, layout="constrained"
+        )
+        for i, base in enumerate(dict.fromkeys(h["logit_base"] for h in results["heldout"])):
+            texts = [h for h in results["heldout"] if h["logit_base"] == base]
+            label = "no log scaling" if base is None else f"log scaling, a = {base:g}"
+            longest = texts[-1]
+            style = dict(color=f"C{i}", marker="o", markersize=3, label=label)
+            by_position.plot(longest["positions"], longest["by_position"], **style)
+            by_length.plot(
+                [h["length"] for h in texts], [h["bits_per_byte"] for h in texts], **style
+            )
+        by_position.set(xlabel="position (up to)", ylabel="held-out bits per byte")
+        by_length.set(xlabel="length of the text")
+        for ax in (by_position, by_length):
+            ax.set_xscale("log", base=2)
+            ax.axvline(results["train_length"], color="0.7", linewidth=1, zorder=0)
+        by_length.legend(frameon=False, fontsize=8)
+        figure.suptitle(f"{results['name']}: trained at {results['train_length']} tokens (grey)")
+        _save(figure, path)
 
 
 def needle_lines(results: Sequence[dict[str, Any]], path: str | os.PathLike) -> None:

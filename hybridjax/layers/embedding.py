@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from hybridjax.layers.linear import project
 from hybridjax.sharding import current_spec, place
 
 
@@ -30,7 +31,4 @@ class Embedding(nnx.Module):
 def head_logits(h: Float[Array, "B T D"], kernel: Float[Array, "D vocab"]) -> Array:
     """`h W` accumulated in f32, sharded over the vocabulary."""
     kernel = place(kernel.astype(h.dtype), None, "vocab")
-    out = current_spec(("batch", "length", "vocab"), (*h.shape[:2], kernel.shape[1]))
-    return jnp.einsum(
-        "btd,dv->btv", h, kernel, out_sharding=out, preferred_element_type=jnp.float32
-    )
+    return project(h, kernel, "vocab", jnp.float32)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from hybridjax.config import UserError
 from hybridjax.sharding import current_spec, place, ways
 
 
@@ -18,6 +19,8 @@ class Linear(nnx.Module):
         shape: (inputs, outputs).
         axes: the logical axes of both; one of them is "embed".
         """
+        if min(shape) < 1:
+            raise UserError(f"a linear map {shape[0]} -> {shape[1]}: widths and heads are positive")
         kernel = jax.random.normal(key, shape) * shape[0] ** -0.5
         self.kernel = nnx.Param(kernel, axes=axes)
         self.bias = nnx.Param(jnp.zeros(shape[1]), axes=axes[1:]) if bias else None
@@ -25,11 +28,29 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "B T in"]) -> Float[Array, "B T out"]:
         axes = [None if axis == "embed" else axis for axis in self.kernel.get_metadata()["axes"]]
         kernel = place(self.kernel[...].astype(x.dtype), *axes)
-        out = current_spec(("batch", "length", axes[1]), (*x.shape[:2], kernel.shape[1]))
-        y = jnp.einsum("bti,io->bto", x, kernel, out_sharding=out)
+        y = project(x, kernel, axes[1])
         if self.bias is not None:
             y = y + place(self.bias[...].astype(x.dtype), axes[1])
         return y
+
+
+def project(
+    x: Float[Array, "B T in"],
+    kernel: Float[Array, "in out"],
+    axis: str | None,
+    dtype: jnp.dtype | None = None,
+) -> Float[Array, "B T out"]:
+    """`x W`, accumulated and returned in `dtype`; `axis` is the logical axis of the outputs."""
+    how = dict(preferred_element_type=dtype)
+    if ways("batch") * ways("length") > 1:
+        out = current_spec(("batch", "length", axis), (*x.shape[:2], kernel.shape[1]))
+        return jnp.einsum("bti,io->bto", x, kernel, out_sharding=out, **how)
+    # As one matrix of all tokens: XLA's CPU backend would otherwise transpose the cotangent of
+    # the outputs for the kernel's gradient, which costs more than the product.
+    rows = x.reshape(-1, x.shape[2])
+    out = current_spec((None, axis), (rows.shape[0], kernel.shape[1]))
+    y = jnp.einsum("ti,io->to", rows, kernel, out_sharding=out, **how)
+    return y.reshape(*x.shape[:2], -1)
 
 
 def split_heads(y: Float[Array, "B T HK"], head_dim: int) -> Float[Array, "B T H K"]:

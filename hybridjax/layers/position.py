@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from hybridjax.config import UserError
 from hybridjax.sharding import current_spec
 
 MAX_POSITION = 2**25
@@ -29,6 +30,8 @@ def rotary_angles(
     positions: Int[Array, "B T"], width: int, theta: float
 ) -> tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]:
     """Cosine and sine of each position's angles, in f32, with an axis for the heads."""
+    if width % 2:
+        raise UserError(f"rotary positions need an even head_dim, not {width}")
     low = _lookup(_table(_LOW, 1, width, theta), positions % _LOW)
     high = _lookup(_table(MAX_POSITION // _LOW + 1, _LOW, width, theta), positions // _LOW)
     (c0, s0), (c1, s1) = jnp.moveaxis(low, 2, 0), jnp.moveaxis(high, 2, 0)

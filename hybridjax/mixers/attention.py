@@ -33,9 +33,14 @@ class KeyValueCache:
         """Writes the real tokens of k, v `[B, T, G, K]` behind each row's last."""
         index = self.length[:, None] + jnp.arange(k.shape[1])
         index = jnp.where(ctx.segments > 0, index, self.keys.shape[1])  # padding: out of range
-        rows = jnp.arange(k.shape[0])[:, None]
-        write = lambda cache, new: cache.at[rows, index].set(new.astype(cache.dtype), mode="drop")
-        keys, values = write(self.keys, k), write(self.values, v)
+
+        def write(cache, new, index):
+            rows = jnp.arange(new.shape[0])[:, None]
+            return cache.at[rows, index].set(new.astype(cache.dtype), mode="drop")
+
+        in_axes = (_HEADS, _HEADS, ("batch", None))
+        write = over_mesh(write, in_axes, (_HEADS, self.keys.shape))
+        keys, values = write(self.keys, k, index), write(self.values, v, index)
         return KeyValueCache(keys, values, new_length(self.length, ctx))
 
 
@@ -57,6 +62,7 @@ class WindowCache:
         length = new_length(self.length, ctx)
         window = self.keys.shape[1]
         newest = jax.vmap(lambda x, start: jax.lax.dynamic_slice_in_dim(x, start, window))
+        newest = over_mesh(newest, (_HEADS, ("batch",)), (_HEADS, self.keys.shape))
         keep = lambda x: newest(x, length - self.length)
         return WindowCache(keep(keys), keep(values), length)
 

@@ -20,6 +20,7 @@ from hybridjax.models.block import Block
 from hybridjax.models.plan import Group, plan
 from hybridjax.sharding import place
 
+DTYPES = ("float32", "bfloat16")
 REMAT = {
     "none": jax.checkpoint_policies.everything_saveable,
     "names": jax.checkpoint_policies.save_only_these_names("mixer", "mlp"),
@@ -66,8 +67,10 @@ class DecoderState:
 class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, key: jax.Array):
         """Raises `UserError` for a stack that cannot be planned or a legend that cannot be built."""
-        if config.remat not in REMAT:
-            raise UserError(f"remat is {config.remat!r}: use one of {', '.join(REMAT)}")
+        for name, known in (("remat", REMAT), ("dtype", DTYPES)):
+            if getattr(config, name) not in known:
+                value = getattr(config, name)
+                raise UserError(f"{name} is {value!r}: use one of {', '.join(known)}")
         new_block = lambda letter, key, depth=1: Block(
             config.blocks[letter], config.width, key, depth=depth, norm_eps=config.norm_eps
         )
@@ -125,17 +128,8 @@ class Decoder(nnx.Module):
     def init_state(self, batch: int, max_length: int) -> DecoderState:
         """The state before the first token, with room for `max_length` tokens per row."""
         dtype = jnp.dtype(self.dtype)
-
-        def of(block, group):
-            state = block.init_state(batch, max_length, dtype)
-            return jax.tree.map(lambda x: jnp.broadcast_to(x, (group.repeats, *x.shape)), state)
-
-        layers = PerLayer(
-            tuple(
-                tuple(of(block, group) for block in blocks)
-                for blocks, group in zip(self.groups, self.plan, strict=True)
-            )
-        )
+        of = jax.vmap(lambda block: block.init_state(batch, max_length, dtype))
+        layers = PerLayer(tuple(tuple(map(of, blocks)) for blocks in self.groups))
         return DecoderState(layers, place(jnp.zeros(batch, jnp.int32), "batch"), max_length)
 
     def extend(

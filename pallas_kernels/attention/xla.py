@@ -126,7 +126,7 @@ def _flash_backward(scale, bq, bk, residuals, do):
     q, k, v, q_at, k_at, window, o, logsumexp = residuals
     dtype = jnp.promote_types(v.dtype, jnp.float32)
     q_extent = _extents(q_at, bq)
-    delta = jnp.sum(o.astype(dtype) * do.astype(dtype), -1, keepdims=True)
+    delta = _dot("bgrtv,bgrtv->bgrt", o, do)[..., None]
 
     def key_block(dq, j):
         k_j, v_j, k_at_j = _block(k, j, bk), _block(v, j, bk), _places(k_at, j, bk)

@@ -22,21 +22,20 @@ LEGEND = dict(
     A=block(mixer("attention", **HEADS), mlp=FFN),
     L=block(mixer("lightning", **HEADS), mlp=FFN),
     C=block(TWO, mlp=FFN),
-    W=block(mixer("attention", window=3, **HEADS), mlp=FFN),
+    M=block(mixer("toys:Mean"), mlp=FFN),
     E=block(mixer("toys:Encoder")),
-    H=block(mixer("attention", window=3, **HEADS), mixer("toys:Reader"), mlp=FFN),
+    H=block(mixer("toys:Mean"), mixer("toys:Reader"), mlp=FFN),
     h=block(mixer("toys:Follower"), mlp=FFN),
     D=block(mixer("toys:Indexer"), mlp=FFN),
     d=block(mixer("toys:Sharer"), mlp=FFN),
-    B=block(mixer("attention", **HEADS), mixer("lightning", **HEADS), mlp=FFN, residual="bypass"),
-    N=block(mixer("lightning", **HEADS), mlp=FFN, norms="sandwich", scale=0.5),
+    B=block(mixer("toys:Mean"), mixer("toys:Mean"), mlp=FFN, residual="bypass"),
+    N=block(mixer("toys:Mean"), mlp=FFN, norms="sandwich", scale=0.5),
 )
 STACKS = {
-    "regular": "LLA" * 2,
-    "irregular": "LLALLALA",
-    "memory": "LLE" + "HLhL" * 2,
+    "hybrid": "LLA" * 2,
+    "memory": "MME" + "HMh" * 2,
     "indices": "Dd" * 2 + "Ddd",
-    "bypass": "BN" * 2,
+    "variants": "BN" * 2,
 }
 
 
@@ -94,7 +93,7 @@ def test_remat_changes_no_number(rng, remat):
 
 def test_remat_is_one_of_the_known():
     with pytest.raises(UserError, match="remat is 'some': use one of none, names, dots, full"):
-        decoder("L", remat="some")
+        decoder("M", remat="some")
 
 
 # ---------------------------------------------------------------- decoding
@@ -111,10 +110,15 @@ def extended(model, tokens, state, segments):
     return model.logits(h), state
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def new_state(model, batch, max_length):
+    return model.init_state(batch, max_length)
+
+
 def read(model, tokens, pieces, max_length=13):
     """Logits and state after consuming the tokens in pieces of at most four, padded to four."""
-    state, outputs, start = model.init_state(tokens.shape[0], max_length), [], 0
-    state = jax.tree.map(jnp.copy, state)  # donated, so no two buffers may be one
+    state = new_state(model, tokens.shape[0], max_length)
+    outputs, start = [], 0
     for size in pieces:
         piece = jnp.pad(tokens[:, start : start + size], ((0, 0), (0, 4 - size)))
         segments = jnp.broadcast_to(jnp.arange(4) < size, piece.shape).astype(jnp.int32)
@@ -141,7 +145,7 @@ def test_extend_unscanned_is_extend(rng):
 
 
 def test_extend_on_a_mesh_is_extend_on_one_device(rng):
-    model, tokens = decoder(STACKS["regular"]), tokens_of(rng, batch=4)
+    model, tokens = decoder(STACKS["variants"]), tokens_of(rng, batch=4)
     expected = jax.device_get(read(model, tokens, [4, 3]))
     with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
         actual = read(place_parameters(model), place(tokens, "batch", "length"), [4, 3])
@@ -153,10 +157,9 @@ def test_a_shared_memory_has_one_cache():
     of = lambda layers: jax.eval_shape(lambda: decoder(layers).init_state(batch, room)).layers
     cache = batch * room * WIDTH * 4
     size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-    window, length = 2 * batch * 3 * WIDTH * 4, 4 * batch
-    reader = window + 2 * length
-    assert size(of("EH")) == cache + length + reader
-    assert size(of("E" + "Hh" * 4)) == cache + length + 4 * (reader + length)
+    length, mean = 4 * batch, 4 * batch * WIDTH
+    reader, follower = mean + 2 * length, length
+    assert size(of("E" + "Hh" * 4)) == cache + length + 4 * (reader + follower)
 
 
 def test_a_state_can_be_continued_in_two_ways(rng):
@@ -182,7 +185,7 @@ def by_hand(model, tokens, change):
 
 
 def test_a_sweep_over_choices_compiles_once(rng):
-    model, tokens = decoder("C" * 6), tokens_of(rng)
+    model, tokens = decoder("CC"), tokens_of(rng)
 
     @jax.jit
     def chosen(model, tokens, selected):
@@ -195,14 +198,14 @@ def test_a_sweep_over_choices_compiles_once(rng):
 
         return change
 
-    for selected in ([0] * 6, [1] * 6, [0, 1, 1, 0, 1, 0]):
+    for selected in ([0, 1], [1, 0]):
         logits = chosen(model, tokens, jnp.array(selected))
         close(logits, jax.jit(lambda m, t, s=selected: by_hand(m, t, select(s)))(model, tokens))
     assert chosen._cache_size() == 1
 
 
 def test_a_sweep_over_windows_compiles_once(rng):
-    model, tokens = decoder("A" * 4), tokens_of(rng)
+    model, tokens = decoder("AA"), tokens_of(rng)
 
     @jax.jit
     def windowed(model, tokens, windows):
@@ -215,10 +218,9 @@ def test_a_sweep_over_windows_compiles_once(rng):
 
         return change
 
-    for windows in ([9, 9, 9, 9], [1, 4, 2, 9]):
+    for windows in ([9, 9], [1, 4]):
         logits = windowed(model, tokens, jnp.array(windows))
         close(logits, jax.jit(lambda m, t, w=windows: by_hand(m, t, narrow(w)))(model, tokens))
-    close(windowed(model, tokens, jnp.array([9] * 4)), forward(model, tokens))
     assert windowed._cache_size() == 1
 
 
@@ -231,7 +233,7 @@ def test_a_choice_is_not_decoded():
 
 
 @pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unrolled"])
-@pytest.mark.parametrize("layers", ["LLA" * 2, "LLALLALA", STACKS["memory"]])
+@pytest.mark.parametrize("layers", ["MMNMMNMN", STACKS["memory"]])
 def test_fold_visits_the_layers_in_order(layers, scan):
     model = variant(decoder(layers), scan=scan)
     numbers = jnp.arange(len(layers))
@@ -253,7 +255,7 @@ def test_fold_visits_the_layers_in_order(layers, scan):
 
 
 def test_fold_gives_each_layer_its_parameters():
-    model = decoder("LLALLALA")
+    model = decoder("MMNMMNMN")
     ctx, h = Context.of_rows(jnp.zeros((1, 1), jnp.int32)), jnp.zeros((1, 1, WIDTH))
     read = lambda block, h, ctx: (h, ctx, block.mlp.up.kernel[...])
     _, kernels = jax.jit(lambda m: m.fold(read, h, ctx))(model)
@@ -263,12 +265,12 @@ def test_fold_gives_each_layer_its_parameters():
 
 
 def test_layers_that_add_nothing_are_not_counted():
-    model = decoder(STACKS["memory"])  # LLE HLhL HLhL
+    model = decoder(STACKS["memory"])  # MM E HMh HMh
     kinds = [type(model.layer(i).mixers[-1]).__name__ for i in range(len(model.counted))]
-    assert kinds == ["Lightning"] * 2 + ["Reader", "Lightning", "Follower", "Lightning"] * 2
+    assert kinds == ["Mean"] * 2 + ["Reader", "Mean", "Follower"] * 2
     assert len(model.layer(2).mixers) == 2
     with pytest.raises(IndexError):
-        model.layer(10)
+        model.layer(8)
 
 
 # ---------------------------------------------------------------- the block
@@ -291,7 +293,7 @@ def standard(block, h, ctx):
     return h + block.mlp(block.norms[1](h))
 
 
-@pytest.mark.parametrize("letter, formula", [("B", bypass), ("N", sandwich), ("L", standard)])
+@pytest.mark.parametrize("letter, formula", [("B", bypass), ("N", sandwich), ("M", standard)])
 def test_a_block_is_its_formula(rng, letter, formula):
     block = decoder(letter).layer(0)
     scales = [jnp.asarray(rng.uniform(0.5, 2, WIDTH), jnp.float32) for _ in range(5)]
@@ -312,28 +314,26 @@ FAULTS = {
 @pytest.mark.parametrize("options, message", FAULTS.values(), ids=FAULTS.keys())
 def test_faults_of_a_legend(options, message):
     with pytest.raises(UserError, match=message):
-        decoder("X", blocks=dict(X=block(mixer("lightning", **HEADS), **options)))
+        decoder.__wrapped__("X", blocks=dict(X=block(mixer("toys:Mean"), **options)))
 
 
 # ---------------------------------------------------------------- the ends
 
 
 def test_a_tied_head_is_the_embedding(rng):
-    tied, tokens = decoder("L", tied=True), tokens_of(rng)
-    assert tied.head is None and decoder("L").head.shape == (WIDTH, VOCAB)
+    tied, tokens = decoder("M", tied=True), tokens_of(rng)
+    assert tied.head is None and decoder("M").head.shape == (WIDTH, VOCAB)
     h = jax.jit(lambda m, t: m.hidden(t))(tied, tokens)
     close(forward(tied, tokens), h @ tied.embedding.table[...].T, 1e-5)
-    untied = decoder("L")
-    close(forward(untied, tokens), jax.jit(lambda m, t: m.hidden(t))(untied, tokens) @ untied.head, 1e-5)
 
 
 def test_bf16_is_near_f32(rng):
-    model, tokens = decoder("LLA" * 2), tokens_of(rng, length=20)
+    model, tokens = decoder("LA", embedding_std=1.0), tokens_of(rng, length=20)
     low = variant(model, dtype="bfloat16")
     hidden = jax.jit(lambda m, t: (m.hidden(t), m(t)))
     (h, logits), (_, expected) = hidden(low, tokens), hidden(model, tokens)
     assert h.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
     error = jnp.sqrt(jnp.mean((logits - expected) ** 2) / jnp.mean(expected**2))
-    assert 0 < error < 0.03
+    assert 0 < error < 0.05
     state = jax.eval_shape(lambda: low.init_state(1, 8)).layers.groups[0]
-    assert state[2][0].keys.dtype == jnp.bfloat16 and state[0][0].recurrent.dtype == jnp.float32
+    assert state[1][0].keys.dtype == jnp.bfloat16 and state[0][0].recurrent.dtype == jnp.float32

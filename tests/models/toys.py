@@ -59,6 +59,28 @@ def _visible(ctx, length):
     return jnp.arange(length) <= ctx.positions[..., None]
 
 
+@state
+class Total:
+    total: Float[Array, "B D"] = state_field("batch", None)
+    length: Int[Array, " B"] = state_field("batch")
+
+
+class Mean(Toy):
+    """The mean of the tokens so far."""
+
+    def __call__(self, x, ctx):
+        return jnp.cumsum(x, axis=1) / (1 + ctx.positions[..., None]) @ self.kernel[...]
+
+    def init_state(self, batch, max_length, dtype):
+        total = jnp.zeros((batch, self.kernel.shape[0]))
+        return place_state(Total(total, jnp.zeros(batch, jnp.int32)))
+
+    def extend(self, x, state, ctx):
+        sums = state.total[:, None] + jnp.cumsum(x * (ctx.segments > 0)[..., None], axis=1)
+        y = sums / (1 + ctx.positions[..., None]) @ self.kernel[...]
+        return y, Total(sums[:, -1], new_length(state.length, ctx))
+
+
 class Encoder(Remembering):
     """Publishes a memory and adds nothing; its cache is the only one of the memory."""
 
@@ -93,7 +115,7 @@ class Follower(Toy):
     reads = ("memory", "selection")
 
     def __call__(self, x, ctx):
-        return ctx.shared["selection"] @ ctx.shared["memory"] @ self.kernel[...]
+        return x * (ctx.shared["selection"] @ ctx.shared["memory"] @ self.kernel[...])
 
     def extend(self, x, state, ctx):
         return self(x, ctx), Length(new_length(state.length, ctx))

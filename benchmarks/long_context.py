@@ -1,0 +1,141 @@
+"""Seconds and memory against context length: HypeNet beside a Transformer of the same size.
+
+    python -m benchmarks.long_context --preset=tiny --twin=tiny-transformer
+
+Weights are random: neither time nor memory depends on them. For each length: reading a prompt in
+pieces, writing a token after it, and the bytes of the state. The slope is that of a straight line
+through the logarithms of the last half of the lengths: 1 is linear. Longer ones are left
+out once reading took longer than `--limit`.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import time
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+from configs import hypenet  # noqa: E402
+from hybridjax import generate  # noqa: E402
+from hybridjax.config import Config, typed  # noqa: E402
+from hybridjax.models.decoder import Decoder  # noqa: E402
+
+QUANTITIES = {
+    "prefill_seconds": "reading, s",
+    "decode_seconds": "one token, s",
+    "state_bytes": "state, bytes",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    length: int
+    prefill_seconds: float
+    decode_seconds: float
+    state_bytes: int
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="tiny", help="of configs/hypenet.py, with overrides")
+    parser.add_argument("--twin", default="tiny-transformer", help="what it is compared with")
+    parser.add_argument("--first", type=int, default=1024, help="length; then twice as long")
+    parser.add_argument("--last", type=int, default=2**20)
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds of reading")
+    parser.add_argument("--output", default="docs/results/long_context.json")
+    args = parser.parse_args()
+
+    lengths = [args.first]
+    while 2 * lengths[-1] <= args.last:
+        lengths.append(2 * lengths[-1])
+    results = {}
+    for preset in (args.preset, args.twin):
+        config = typed(hypenet.get_config(preset))
+        print(f"{preset}: {config.model.layers}")
+        print(f"{'length':>9} {'reading s':>10} {'token ms':>9} {'state MB':>9}")
+        points = list(measure(config, lengths, args.limit))
+        slopes = {name: slope(points, name) for name in QUANTITIES}
+        print("    slope " + "".join(f"{slopes[name]:10.2f}" for name in QUANTITIES))
+        results[preset] = dict(
+            layers=config.model.layers,
+            points=[dataclasses.asdict(point) for point in points],
+            slopes=slopes,
+        )
+    output = pathlib.Path(args.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(dict(machine=machine(), results=results), indent=1) + "\n")
+    draw(results, output.with_suffix(".png"))
+
+
+def measure(config: Config, lengths: list[int], limit: float):
+    """A point per length; stops after one that took longer than `limit`."""
+    model = jax.jit(lambda: Decoder(config.model, jax.random.key(0)))()
+    prompt = np.random.default_rng(0).integers(config.model.vocab, size=lengths[-1])
+    greedy = lambda logits, key: jnp.argmax(logits, axis=-1)
+    for length in lengths:
+        new = lambda: generate.new_state(model, 1, length + 16)  # noqa: B023
+        generate.prefill(model, [prompt[: generate.PIECE]], new())  # compiles
+        state, start = new(), time.perf_counter()
+        prefix = jax.block_until_ready(generate.prefill(model, [prompt[:length]], state))
+        read = time.perf_counter() - start
+        size = generate.state_bytes(prefix[0])
+        stream, steps = generate.decode(model, prefix, jax.random.key(0), greedy), []
+        for _ in range(12):
+            start = time.perf_counter()
+            next(stream)
+            steps.append(time.perf_counter() - start)
+        point = Point(length, read, float(np.median(steps[2:])), size)
+        print(
+            f"{length:9} {point.prefill_seconds:10.3f} {1e3 * point.decode_seconds:9.2f} "
+            f"{point.state_bytes / 1e6:9.2f}",
+            flush=True,
+        )
+        yield point
+        if point.prefill_seconds > limit:
+            return
+
+
+def slope(points: list[Point], name: str) -> float:
+    """Of log(quantity) over log(length), where lengths are longest."""
+    half = points[len(points) // 2 :] if len(points) > 3 else points
+    x, y = (np.log([getattr(p, key) for p in half]) for key in ("length", name))
+    return float(np.polyfit(x, y, 1)[0]) if len(half) > 1 else float("nan")
+
+
+def draw(results: dict, path: pathlib.Path) -> None:
+    figure, axes = plt.subplots(1, 3, figsize=(10, 3.2), layout="constrained")
+    for ax, (name, label) in zip(axes, QUANTITIES.items(), strict=True):
+        for preset, result in results.items():
+            x = [point["length"] for point in result["points"]]
+            y = [point[name] for point in result["points"]]
+            ax.loglog(x, y, marker="o", markersize=3, label=f"{preset} ({result['layers']})")
+        ax.set(xlabel="tokens", ylabel=label)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def machine() -> dict[str, str]:
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    return dict(
+        device=str(jax.devices()[0].device_kind),
+        cores=str(os.cpu_count()),
+        system=platform.platform(),
+        jax=jax.__version__,
+        commit=git.stdout.strip(),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+"""The table of axes; the train step on eight devices; every preset on 256 that do not exist."""
+
+import importlib
+import logging
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import micro
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
+
+from hybridjax import sharding
+from hybridjax.config import MeshConfig, UserError, typed
+from hybridjax.data.pipeline import make_loader
+from hybridjax.models.decoder import Decoder
+from hybridjax.optimizer import make_optimizer
+from hybridjax.sharding import MESH_AXES, RULES, make_mesh, place_parameters
+from hybridjax.train import TrainState, make_train_step, put_batch
+
+
+def abstract_mesh(**sizes):
+    sizes = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
+    return AbstractMesh(sizes, MESH_AXES, (AxisType.Explicit,) * len(sizes))
+
+
+# ---------------------------------------------------------------- the table
+
+
+def test_axes_go_where_the_table_says():
+    mesh = abstract_mesh(data=2, fsdp=4, tensor=2)
+    assert RULES.spec(("batch", "length", None), (8, 6, 5), mesh) == P(("data", "fsdp"), None, None)
+    assert RULES.spec(("embed", "heads"), (8, 6), mesh) == P("fsdp", "tensor")
+    assert RULES.spec(("heads", "mlp"), (1, 3), abstract_mesh(data=8)) == P(None, None)
+
+
+def test_two_dimensions_on_one_mesh_axis_are_refused():
+    with pytest.raises(ValueError, match=r"\('heads', 'mlp'\) put two dimensions .*tensor"):
+        RULES.spec(("heads", "mlp"), (8, 8), abstract_mesh(tensor=2))
+    with pytest.raises(ValueError, match="put two dimensions on mesh axis"):
+        RULES.spec(("batch", "embed"), (8, 8), abstract_mesh(fsdp=2))
+
+
+def test_a_size_that_does_not_divide_is_replicated_with_one_warning(caplog):
+    sharding._warn_once.cache_clear()
+    mesh = abstract_mesh(tensor=4)
+    with caplog.at_level(logging.WARNING, "hybridjax"):
+        for _ in range(3):
+            assert RULES.spec(("embed", "heads"), (8, 6), mesh) == P(None, None)
+        assert RULES.spec((None, "heads"), (8, 8), mesh) == P(None, "tensor")
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == ["axis heads of size 6 is replicated: 4 does not divide it"]
+
+
+MESHES = {
+    "the rest": (MeshConfig(fsdp=2), (4, 2, 1, 1)),
+    "all given": (MeshConfig(data=2, fsdp=2, tensor=2), (2, 2, 2, 1)),
+    "another rest": (MeshConfig(data=1, tensor=-1), (1, 1, 8, 1)),
+}
+
+
+@pytest.mark.parametrize("config, sizes", MESHES.values(), ids=MESHES)
+def test_mesh_sizes(config, sizes):
+    assert tuple(make_mesh(config).shape.values()) == sizes
+
+
+@pytest.mark.parametrize(
+    "config, fault",
+    (
+        (MeshConfig(data=3), "does not fit 8 devices"),
+        (MeshConfig(fsdp=3), "does not fit 8 devices"),
+        (MeshConfig(tensor=16), "does not fit 8 devices"),
+        (MeshConfig(fsdp=-1), "at most one axis may be -1"),
+        (MeshConfig(tensor=0), "does not fit 8 devices"),
+    ),
+    ids=("too few", "no divisor", "too many", "two rests", "none"),
+)
+def test_a_mesh_that_does_not_fit_is_refused(config, fault):
+    with pytest.raises(UserError, match=fault):
+        make_mesh(config)
+
+
+# ---------------------------------------------------------------- numbers on eight devices
+
+
+def train(config, mesh, steps=3, optimizer=None):
+    """(losses, state) of a few steps."""
+    with jax.set_mesh(mesh):
+        new_model = lambda: place_parameters(Decoder(config.model, jax.random.key(0)))
+        optimizer = optimizer or make_optimizer(
+            config.optimizer, config.steps, jax.eval_shape(new_model)
+        )
+
+        @jax.jit
+        def new_state():
+            model = new_model()
+            return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model))
+
+        state, step, losses = new_state(), make_train_step(optimizer, config), []
+        for batch in batches(config, steps):
+            state, scalars = step(state, put_batch(batch))
+            losses.append(float(scalars["loss"]))
+        return losses, state
+
+
+def batches(config, count):
+    loader = make_loader(
+        config.data, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed
+    )
+    return [next(loader) for _ in range(count)]
+
+
+def tiny(**changes):
+    """Grouped queries, and a repeated group so that there is something to scan."""
+    config = micro.micro()
+    config.update(batch_size=8)
+    config.optimizer.name = changes.pop("optimizer", "adamw")
+    config.model.layers = "LALA"
+    for block in config.model.blocks.values():
+        block.mixers[0].update(heads=4, kv_heads=2)
+    config.model.update(changes.pop("model", {}))
+    config.update(changes)
+    return typed(config)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return train(tiny(), make_mesh(MeshConfig(), jax.devices()[:1]))
+
+
+SHARDED = {
+    "data": (MeshConfig(data=8), {}),
+    "fsdp": (MeshConfig(data=1, fsdp=8), {"embed": 8}),
+    "tensor": (MeshConfig(data=2, tensor=4), {"heads": 4, "mlp": 4, "vocab": 4}),
+    "all": (
+        MeshConfig(data=2, fsdp=2, tensor=2),
+        {"embed": 2, "heads": 2, "mlp": 2, "vocab": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "mesh, parts",
+    [
+        pytest.param(*case, id=name, marks=() if name == "all" else pytest.mark.slow)
+        for name, case in SHARDED.items()
+    ],
+)
+def test_a_sharded_run_takes_the_same_steps(alone, mesh, parts):
+    losses, state = train(tiny(), make_mesh(mesh))
+    np.testing.assert_allclose(losses, alone[0], rtol=1e-5)
+    for path, leaf in jax.tree.leaves_with_path(state.opt_state):
+        if leaf.ndim:
+            assert_split(path, leaf, parts)
+    kernel = state.model.groups[0][0].mlp.up.kernel
+    assert split(kernel[...]) == (1, parts.get("embed", 1), parts.get("mlp", 1))
+    assert split(state.model.embedding.table[...]) == (parts.get("vocab", 1), parts.get("embed", 1))
+
+
+def split(x):
+    """In how many parts each dimension is laid over the devices."""
+    shard = x.addressable_shards[0].data
+    return tuple(whole // part for whole, part in zip(x.shape, shard.shape, strict=True))
+
+
+def assert_split(path, moment, parts):
+    name = jax.tree_util.keystr(path)
+    ways = {"kernel": ("embed", "heads", "mlp"), "table": ("vocab", "embed")}
+    for kind, axes in ways.items():
+        if kind in name:
+            found = sorted(n for n in split(moment) if n > 1)
+            possible = {parts.get(axis, 1) for axis in axes} - {1}
+            assert set(found) == possible, (name, found, possible)
+
+
+@pytest.mark.slow
+def test_muon_takes_the_same_steps_on_a_mesh():
+    config = tiny(optimizer="muon")
+    losses = train(config, make_mesh(MeshConfig(), jax.devices()[:1]))[0]
+    sharded = train(config, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))[0]
+    np.testing.assert_allclose(sharded, losses, rtol=1e-5)
+
+
+def test_unrolled_layers_take_the_same_steps(alone):
+    config = tiny(model=dict(scan=False))
+    losses, _ = train(config, make_mesh(MeshConfig(), jax.devices()[:1]))
+    np.testing.assert_allclose(losses, alone[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "devices", (1, pytest.param(2, marks=pytest.mark.slow)), ids=("one device", "two devices")
+)
+def test_accumulation_gives_the_gradient_of_the_whole_batch(devices):
+    mesh = make_mesh(MeshConfig(data=devices), jax.devices()[:devices])
+    descent, one = optax.scale(-1.0), dict(z_loss=1e-3, model=dict(layers="L"))
+    losses, state = train(tiny(**one), mesh, 1, descent)
+    parts, split = train(tiny(accumulate=4, **one), mesh, 1, descent)
+    np.testing.assert_allclose(parts, losses, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        split.model,
+        state.model,
+    )
+
+
+# ---------------------------------------------------------------- 256 devices
+
+FILES = [p.stem for p in sorted(pathlib.Path("configs").glob("[!_]*.py"))]
+PRESETS = [
+    (file, preset)
+    for file in FILES
+    for preset in getattr(importlib.import_module(f"configs.{file}"), "PRESETS", ())
+]
+LARGE = {
+    "data, tensor": dict(data=64, tensor=4),
+    "fsdp": dict(fsdp=256),
+    "data, fsdp, tensor": dict(data=4, fsdp=16, tensor=4),
+}
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param(mesh, id=name, marks=() if len(mesh) == 3 else pytest.mark.slow)
+        for name, mesh in LARGE.items()
+    ],
+)
+@pytest.mark.parametrize("file, preset", PRESETS, ids=[":".join(p) for p in PRESETS])
+def test_every_preset_type_checks_on_256_devices(file, preset, mesh):
+    module = importlib.import_module(f"configs.{file}")
+    config = typed(module.get_config(f"{preset},batch_size=256"))
+
+    def new_state():
+        model = place_parameters(Decoder(config.model, jax.random.key(0)))
+        optimizer = make_optimizer(config.optimizer, config.steps, model)
+        return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model))
+
+    with jax.sharding.use_abstract_mesh(abstract_mesh(**mesh)):
+        state = jax.eval_shape(new_state)
+        optimizer = make_optimizer(config.optimizer, config.steps, state.model)
+        batch = {
+            name: _row(config, jnp.float32 if name == "loss_weights" else jnp.int32)
+            for name in ("tokens", "targets", "loss_weights", "segments", "positions", "answers")
+        }
+        after, scalars = jax.eval_shape(make_train_step(optimizer, config), state, batch)
+    placed = lambda x: (x.shape, x.dtype, x.ndim and x.sharding)
+    assert list(map(placed, jax.tree.leaves(after))) == list(map(placed, jax.tree.leaves(state)))
+    largest = max(jax.tree.leaves(state), key=lambda x: x.size)
+    assert largest.sharding.shard_shape(largest.shape) != largest.shape
+    assert scalars["loss"].shape == ()
+
+
+def _row(config, dtype):
+    shape = (config.batch_size, config.seq_len)
+    spec = sharding.current_spec(("batch", "length"), shape)
+    placed = jax.NamedSharding(jax.sharding.get_abstract_mesh(), spec)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
