@@ -159,7 +159,7 @@ def pytorch_optimizers(config: Config, network: nn.Module) -> list[torch.optim.O
 
 
 class Network(nn.Module):
-    """Modules are named as in hybridjax, so that weights are copied by their paths."""
+    """Modules are named nearly as in hybridjax, so that weights are copied by their paths."""
 
     def __init__(self, config: Config, model: Decoder):
         super().__init__()
@@ -177,6 +177,7 @@ class Network(nn.Module):
         for i, block in enumerate(self.blocks):
             for path, value in jax.tree.leaves_with_path(model.layer(i)):
                 name = jax.tree_util.keystr(path[:-1], simple=True, separator=".")
+                name = name.replace("qkv.", "").replace("mixers.0.output.gate", "mixers.0.gate")
                 *names, kind = name.split(".")
                 target = block.get_parameter(".".join([*names, "weight"]))
                 copy(target, value.T if kind == "kernel" else value)

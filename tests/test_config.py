@@ -50,11 +50,20 @@ def test_values_are_converted(given, fields, kind):
 
 FAULTS = {
     "a near key": (dict(name="a", sise=1), "config.sise: no such setting; did you mean sizes"),
-    "an unknown key": (dict(name="a", zzzz=1), "config.zzzz: no such setting; there are name, rate"),
-    "a key within": (dict(name="a", inner=dict(sizes=1)), "config.inner.sizes: .* did you mean size"),
+    "an unknown key": (
+        dict(name="a", zzzz=1),
+        "config.zzzz: no such setting; there are name, rate",
+    ),
+    "a key within": (
+        dict(name="a", inner=dict(sizes=1)),
+        "config.inner.sizes: .* did you mean size",
+    ),
     "a missing key": ({}, "config.name is missing: set it in the config file"),
     "a text for an int": (dict(name="a", inner=dict(size="1")), "config.inner.size is '1', a str"),
-    "a bool for an int": (dict(name="a", inner=dict(size=True)), "is True, a bool; it must be a int"),
+    "a bool for an int": (
+        dict(name="a", inner=dict(size=True)),
+        "is True, a bool; it must be a int",
+    ),
     "a bool for a float": (dict(name="a", rate=True), "config.rate is True, a bool"),
     "a fraction for an int": (dict(name="a", inner=dict(size=1.5)), "is 1.5, a float"),
     "an item of a tuple": (dict(name="a", sizes=(1, "2")), r"config.sizes\[1\] is '2'"),

@@ -30,7 +30,7 @@ FACT, QUESTION = map(ord, "#?")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Unigram:
-    """Predicts every token by the same logits; sharper or flatter as the base is far from `best`."""
+    """Predicts every token by the same logits; sharper as the base is far from `best`."""
 
     scores: jax.Array
     best: float = dataclasses.field(default=NO_SCALING, metadata={"static": True})
@@ -172,7 +172,8 @@ def run_of(model, directory, name="micro") -> Run:
     config = get_config(name)
     config.seq_len = TRAINED
     config.evaluation.update(
-        lengths=(1, 4), facts=(3, 40), examples=20, logit_bases=(8.0,), heldout_tokens=512, task=TASK
+        lengths=(1, 4), facts=(3, 40), examples=20, logit_bases=(8.0,),
+        heldout_tokens=512, task=TASK,
     )
     return Run(pathlib.Path(directory), typed(config), model, ByteTokenizer(), 7, {})
 
@@ -180,7 +181,8 @@ def run_of(model, directory, name="micro") -> Run:
 def test_what_is_measured(rng, tmp_path):
     """The base that is better on text is used, and 40 facts are left out where they do not fit."""
     model = Finder(scores(rng))
-    with mock.patch.object(heldout, "choose_logit_base", lambda *_: (8.0, {8.0: 1.0, math.inf: 2.0})):
+    chosen = (8.0, {8.0: 1.0, math.inf: 2.0})
+    with mock.patch.object(heldout, "choose_logit_base", lambda *_: chosen):
         results = evaluate.measure(run_of(model, tmp_path))
     found = {(c["facts"], c["times"], c["logit_base"]): c for c in results["needle"]}
     assert set(found) == {(3, t, b) for t in (1, 4) for b in (None, 8.0)}

@@ -31,7 +31,8 @@ def model(layers="LA"):
         L=block(mixer("lightning", **HEADS), mlp=ffn),
         W=block(mixer("attention", window=4, rope=True, **HEADS), mlp=ffn),
     )
-    config = ConfigDict(dict(layers=layers, blocks=legend, width=16, vocab=VOCAB, embedding_std=1.0))
+    shape = dict(width=16, vocab=VOCAB, embedding_std=1.0)
+    config = ConfigDict(dict(layers=layers, blocks=legend, **shape))
     return jax.jit(lambda: Decoder(typed(config, ModelConfig), jax.random.key(3)))()
 
 

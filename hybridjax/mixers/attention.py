@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from hybridjax.layers.linear import Linear, repeat_heads, split_heads
-from hybridjax.layers.norm import RMSNorm
-from hybridjax.layers.position import rotary_angles, rotate
+from hybridjax.layers.linear import repeat_heads
+from hybridjax.layers.qkv import QKV, GatedOutput
 from hybridjax.mixers.base import Context, Mixer, new_length, place_state, state, state_field
 from hybridjax.sharding import over_mesh, ways
 from pallas_kernels.attention import attention
@@ -85,16 +84,13 @@ class Attention(Mixer):
     ):
         """`window`: the number of keys a query sees, its own included; None: all before it."""
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads or heads, head_dim
-        self.rope, self.theta, self.window = rope, theta, window
-        inner, kv_inner = heads * head_dim, self.kv_heads * head_dim
-        keys = jax.random.split(key, 5)
-        self.query = Linear((width, inner), ("embed", "heads"), keys[0])
-        self.key = Linear((width, kv_inner), ("embed", "heads"), keys[1])
-        self.value = Linear((width, kv_inner), ("embed", "heads"), keys[2])
-        self.gate = Linear((width, inner), ("embed", "heads"), keys[3]) if gate else None
-        self.output = Linear((inner, width), ("heads", "embed"), keys[4])
-        self.query_norm = RMSNorm(head_dim, eps=eps) if qk_norm else None
-        self.key_norm = RMSNorm(head_dim, eps=eps) if qk_norm else None
+        self.window = window
+        qkv_key, output_key = jax.random.split(key)
+        self.qkv = QKV(
+            width, qkv_key, heads=heads, kv_heads=self.kv_heads, head_dim=head_dim,
+            rope=rope, theta=theta, norm=qk_norm, eps=eps,
+        )  # fmt: skip
+        self.output = GatedOutput(heads * head_dim, width, output_key, gate=gate)
 
     def __call__(
         self, x: Float[Array, "B T D"], ctx: Context, window: Int[Array, ""] | None = None
@@ -102,7 +98,7 @@ class Attention(Mixer):
         """`window`, where given, is the layer's window as traced data (a searched pattern)."""
         q, k, v = self._heads(x, ctx)
         segments = dict(q_segments=ctx.segments, k_segments=ctx.segments)
-        return self._output(x, self._attend(q, k, v, window, **segments))
+        return self.output(self._attend(q, k, v, window, **segments), x)
 
     def init_state(self, batch: int, max_length: int, dtype: jnp.dtype):
         slots = max_length if self.window is None else self.window
@@ -118,7 +114,7 @@ class Attention(Mixer):
             slots = jnp.arange(state.keys.shape[1])
             k_index = jnp.broadcast_to(slots, (x.shape[0], slots.size))
             o = self._attend(q, state.keys, state.values, None, q_index=q_index, k_index=k_index)
-            return self._output(x, o), state
+            return self.output(o, x), state
         keys = jnp.concatenate([state.keys, k.astype(state.keys.dtype)], axis=1)
         values = jnp.concatenate([state.values, v.astype(state.values.dtype)], axis=1)
         k_index = jnp.concatenate([state.index(), q_index], axis=1)
@@ -127,23 +123,17 @@ class Attention(Mixer):
             q, keys, values, None,
             q_index=q_index, k_index=k_index, q_segments=jnp.ones_like(q_index), k_segments=seen,
         )  # fmt: skip
-        return self._output(x, o), state.shift(keys, values, ctx)
+        return self.output(o, x), state.shift(keys, values, ctx)
 
     def _heads(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, Array, Array]:
         """Queries `[B, T, H, K]` and keys, values `[B, T, G, K]`, as they meet in the softmax."""
-        projections = (self.query, self.key, self.value)
-        q, k, v = (split_heads(project(x), self.head_dim) for project in projections)
-        if self.query_norm is not None:
-            q, k = self.query_norm(q), self.key_norm(k)
-        if self.rope:
-            angles = rotary_angles(ctx.positions, self.head_dim, self.theta)
-            q, k = rotate(q, angles), rotate(k, angles)
+        q, k, v = self.qkv(x, ctx.positions)
         if ctx.logit_base is not None:
             scale = jnp.log(ctx.positions + ctx.logit_base) / jnp.log(ctx.logit_base)
             q = (q * scale[:, :, None, None]).astype(q.dtype)
         return q, k, v
 
-    def _attend(self, q, k, v, window, **index) -> Float[Array, "B T H K"]:
+    def _attend(self, q, k, v, window, **index) -> Float[Array, "B T HK"]:
         window = self.window if window is None else window
         repeats = _kv_repeats(self.heads, self.kv_heads)
         k, v = repeat_heads(k, repeats), repeat_heads(v, repeats)
@@ -158,13 +148,8 @@ class Attention(Mixer):
         else:
             f, arguments, in_axes = kernel, (q, k, v, window), (_HEADS,) * 3 + ((),)
         in_axes += (("batch", None),) * len(index)
-        return over_mesh(f, in_axes, (_HEADS, q.shape))(*arguments, *index.values())
-
-    def _output(self, x, o):
-        o = o.reshape(*x.shape[:2], -1)
-        if self.gate is not None:
-            o = o * jax.nn.sigmoid(self.gate(x))
-        return self.output(o)
+        o = over_mesh(f, in_axes, (_HEADS, q.shape))(*arguments, *index.values())
+        return o.reshape(*q.shape[:2], -1)
 
 
 def _kv_repeats(heads: int, kv_heads: int) -> int:

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from hybridjax.layers.linear import Linear, repeat_heads, split_heads
+from hybridjax.layers.linear import repeat_heads
 from hybridjax.layers.norm import RMSNorm
-from hybridjax.layers.position import rotary_angles, rotate
+from hybridjax.layers.qkv import QKV, GatedOutput
 from hybridjax.mixers.base import Context, Mixer, new_length, place_state, state, state_field
 from hybridjax.sharding import over_mesh
 from pallas_kernels.linear_attention import linear_attention
@@ -48,17 +48,14 @@ class Lightning(Mixer):
         """`kv_heads` below `heads` shares each key/value head among heads / kv_heads query heads;
         the default is one each, to which HALO expands a grouped teacher."""
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads or heads, head_dim
-        self.rope, self.theta = rope, theta
-        inner, kv_inner = heads * head_dim, self.kv_heads * head_dim
-        keys = jax.random.split(key, 5)
-        self.query = Linear((width, inner), ("embed", "heads"), keys[0])
-        self.key = Linear((width, kv_inner), ("embed", "heads"), keys[1])
-        self.value = Linear((width, kv_inner), ("embed", "heads"), keys[2])
-        self.gate = Linear((width, inner), ("embed", "heads"), keys[3]) if gate else None
-        self.output = Linear((inner, width), ("heads", "embed"), keys[4])
-        self.query_norm = RMSNorm(head_dim, eps=eps) if qk_norm else None
-        self.key_norm = RMSNorm(head_dim, eps=eps) if qk_norm else None
+        qkv_key, output_key = jax.random.split(key)
+        self.qkv = QKV(
+            width, qkv_key, heads=heads, kv_heads=self.kv_heads, head_dim=head_dim,
+            rope=rope, theta=theta, norm=qk_norm, eps=eps,
+        )  # fmt: skip
+        inner = heads * head_dim
         self.output_norm = RMSNorm(inner, eps=eps, axis="heads") if output_norm else None
+        self.output = GatedOutput(inner, width, output_key, gate=gate)
 
     def __call__(self, x: Float[Array, "B T D"], ctx: Context) -> Float[Array, "B T D"]:
         return self._mix(x, None, ctx)[0]
@@ -72,7 +69,9 @@ class Lightning(Mixer):
         return y, LightningState(recurrent, new_length(state.length, ctx))
 
     def _mix(self, x, initial_state, ctx):
-        q, k, v = self._heads(x, ctx)
+        q, k, v = self.qkv(x, ctx.positions)
+        group = self.heads // self.kv_heads
+        k, v = repeat_heads(k, group), repeat_heads(v, group)
         in_heads, in_state = ("batch", None, "heads", None), ("batch", "heads", None, None)
         state_shape = (x.shape[0], self.heads, self.head_dim, self.head_dim)
 
@@ -91,18 +90,4 @@ class Lightning(Mixer):
         o = o.reshape(*x.shape[:2], -1)
         if self.output_norm is not None:
             o = self.output_norm(o)
-        if self.gate is not None:
-            o = o * jax.nn.sigmoid(self.gate(x))
-        return self.output(o), final_state
-
-    def _heads(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, Array, Array]:
-        """Queries, keys and values of the recurrence: `[B, T, H, K]` each."""
-        projections = (self.query, self.key, self.value)
-        q, k, v = (split_heads(project(x), self.head_dim) for project in projections)
-        if self.query_norm is not None:
-            q, k = self.query_norm(q), self.key_norm(k)
-        if self.rope:
-            angles = rotary_angles(ctx.positions, self.head_dim, self.theta)
-            q, k = rotate(q, angles), rotate(k, angles)
-        group = self.heads // self.kv_heads
-        return q, repeat_heads(k, group), repeat_heads(v, group)
+        return self.output(o, x), final_state

@@ -53,12 +53,22 @@ def oracle(p, x, heads, kv_heads, theta):
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_lightning_is_the_papers_recurrence(rng, kv_heads):
     mixer = Lightning(24, jax.random.key(0), heads=4, head_dim=16, kv_heads=kv_heads, theta=5e4)
-    for norm_layer in (mixer.query_norm, mixer.key_norm, mixer.output_norm):
+    for norm_layer in (mixer.qkv.query_norm, mixer.qkv.key_norm, mixer.output_norm):
         norm_layer.scale[...] = jnp.asarray(rng.uniform(0.5, 2, norm_layer.scale.shape))
-    names = ("query", "key", "value", "gate", "output")
-    p = {n: np.asarray(getattr(mixer, n).kernel[...], np.float64) for n in names}
-    for n in ("query_norm", "key_norm", "output_norm"):
-        p[n] = np.asarray(getattr(mixer, n).scale[...], np.float64)
+    linear = dict(
+        query=mixer.qkv.query,
+        key=mixer.qkv.key,
+        value=mixer.qkv.value,
+        gate=mixer.output.gate,
+        output=mixer.output,
+    )
+    norms = dict(
+        query_norm=mixer.qkv.query_norm,
+        key_norm=mixer.qkv.key_norm,
+        output_norm=mixer.output_norm,
+    )
+    p = {name: np.asarray(part.kernel[...], np.float64) for name, part in linear.items()}
+    p |= {name: np.asarray(part.scale[...], np.float64) for name, part in norms.items()}
     x = rng.normal(size=(2, 150, 24)).astype(np.float32)
     y = mixer(jnp.asarray(x), Context.of_rows(x[..., 0]))
     expected = [oracle(p, row.astype(np.float64), 4, kv_heads, 5e4) for row in x]

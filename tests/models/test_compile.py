@@ -16,7 +16,8 @@ def decoder(layers, scan=True):
         for n, letter in enumerate("LA", start=1)
     }
     config = dict(layers=layers, blocks=blocks, width=8, vocab=16, scan=scan)
-    return jax.eval_shape(lambda: Decoder(typed(ConfigDict(config), ModelConfig), jax.random.key(0)))
+    config = typed(ConfigDict(config), ModelConfig)
+    return jax.eval_shape(lambda: Decoder(config, jax.random.key(0)))
 
 
 def forward(model, tokens):

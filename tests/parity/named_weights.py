@@ -23,12 +23,12 @@ _TOP = {
 _LAYER = {
     "norms/0/scale": "input_layernorm",
     "norms/1/scale": "post_attention_layernorm",
-    "mixers/0/query/kernel": "self_attn.q_proj",
-    "mixers/0/key/kernel": "self_attn.k_proj",
-    "mixers/0/value/kernel": "self_attn.v_proj",
+    "mixers/0/qkv/query/kernel": "self_attn.q_proj",
+    "mixers/0/qkv/key/kernel": "self_attn.k_proj",
+    "mixers/0/qkv/value/kernel": "self_attn.v_proj",
     "mixers/0/output/kernel": "self_attn.o_proj",
-    "mixers/0/query_norm/scale": "self_attn.q_norm",
-    "mixers/0/key_norm/scale": "self_attn.k_norm",
+    "mixers/0/qkv/query_norm/scale": "self_attn.q_norm",
+    "mixers/0/qkv/key_norm/scale": "self_attn.k_norm",
     "mixers/0/output_norm/scale": "self_attn.o_norm",
     "mlp/gate/kernel": "mlp.gate_proj",
     "mlp/up/kernel": "mlp.up_proj",
@@ -122,7 +122,7 @@ def _path_and_names(decoder: Decoder, path) -> tuple[str, list[str]]:
         return path, [_TOP[path]]
     _, g, j, part = path.split("/", 3)
     group, j = decoder.plan[int(g)], int(j)
-    name = _GATE[group.pattern[j]] if part == "mixers/0/gate/kernel" else _LAYER[part]
+    name = _GATE[group.pattern[j]] if part == "mixers/0/output/gate/kernel" else _LAYER[part]
     layers = range(group.start + j, group.stop, len(group.pattern))
     return path, [f"model.layers.{i}.{name}.weight" for i in layers]
 
