@@ -56,14 +56,14 @@ def tiny(layers: str = "LA", attention_rope: bool = False, linear_rope: bool = T
                 weight_decay=0.01,
             ),
             steps=1200,
-            batch_size=32,
+            batch_size=16,
             seq_len=128,
             log_every=50,
             checkpoint=dict(every=400),
             evaluation=dict(
                 every=400,
                 facts=(4, 16),
-                logit_bases=(8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0),
+                logit_bases=(16.0, 32.0, 64.0, 128.0, 256.0, 512.0),
                 task=task,
             ),
         )

@@ -15,6 +15,7 @@ numbers go to `docs/results/hype.{png,json}`.
 """
 
 import argparse
+import itertools
 import json
 import pathlib
 import subprocess
@@ -50,10 +51,8 @@ def main() -> None:
     seeds = [int(seed) for seed in given.seeds.split(",")]
     presets, tasks = given.presets.split(","), given.tasks.split(",")
     if not given.draw:
-        for task in tasks:
-            for seed in seeds:
-                for preset in presets:
-                    train(preset, seed, task)
+        for task, preset, seed in itertools.product(tasks, presets, seeds):
+            train(preset, seed, task)
     draw(seeds)
 
 

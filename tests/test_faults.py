@@ -32,11 +32,11 @@ TRAINING = {
     "unknown setting in the argument": (f"{TINY},sead=1", [], "'sead'; did you mean seed"),
     "mistyped number": (TINY, set_to(steps="many"), "config.steps is 'many'; it must be a int"),
     "fraction of a step": (TINY, set_to(steps=1.5), "config.steps is '1.5'; it must be a int"),
-    "no width": (TINY, set_to(model__width=0), "a linear map 0 -> 128: widths"),
+    "no width": (TINY, set_to(model__width=0), "a linear map 0 -> .*: widths"),
     "no heads": (
         TINY,
         ["--config.model.blocks.L.mixers[0].heads=0"],
-        "a linear map 64 -> 0: widths and heads are positive",
+        "a linear map .* -> 0: widths and heads are positive",
     ),
     "mixer option": (
         TINY,
@@ -53,7 +53,11 @@ TRAINING = {
     "small vocabulary": (TINY, set_to(model__vocab=100), "has 256 tokens, .* vocabulary 100"),
     "no steps": (TINY, set_to(steps=0), "config.steps is 0: it must be at least 1"),
     "log never": (TINY, set_to(log_every=0), "config.log_every is 0"),
-    "unaccumulable batch": (TINY, set_to(accumulate=5), "batch_size 32 is not divisible by .* = 5"),
+    "unaccumulable batch": (
+        TINY,
+        set_to(accumulate=5, batch_size=32),
+        "batch_size 32 is not divisible by .* = 5",
+    ),
     "two free axes": (TINY, set_to(mesh__fsdp=-1), "at most one axis may be -1"),
     "a mesh for others": (TINY, set_to(mesh__tensor=3), "'tensor': 3.* does not fit 1 devices"),
     "no devices": (TINY, set_to(mesh__data=0), "'data': 0.* does not fit 1 devices"),
