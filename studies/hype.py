@@ -32,6 +32,7 @@ PRESETS = {
 }
 BUDGETS = (1, 3, 8)  # times the steps of `tiny`
 LEARNED = 0.9
+EXAMPLES = 100  # per length, base and seed
 TASKS = {  # name -> additions to the preset
     "default": "",
     "harder": "data.sources.facts.separator==,evaluation.task.separator==,"
@@ -67,6 +68,7 @@ def train(preset: str, seed: int, task: str) -> None:
                 sys.executable, "-m", "hybridjax.train", f"--workdir={workdir}",
                 f"--config=configs/hypenet.py:{config}", f"--config.seed={seed}",
                 f"--config.steps={budget * default_steps()}",
+                "--config.evaluation.facts=(4,)", f"--config.evaluation.examples={EXAMPLES}",
             ]  # fmt: skip
             print(f"== {workdir}", flush=True)
             subprocess.run(command, check=True)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Int
 from pallas_kernels.dispatch import target_platform
 
 _LARGEST_DIRECT = 64 * 64  # T * S up to which all logits are formed
-_CPU_BLOCK = 64  # the logits of a pair of blocks stay in cache
+_CPU_BLOCKS = (64, 256)  # least and most: logits stay in cache, and few are computed in vain
 _BLOCK = 512  # elsewhere fewer, larger steps
 _NEVER = np.iinfo(np.int32).max  # index of a key that no query reaches
 
@@ -67,7 +67,8 @@ def _direct(q, k, v, q_at, k_at, window, scale):
 def _blockwise(q, k, v, q_at, k_at, window, scale):
     """Brings the arrays to whole blocks, heads before tokens, and back."""
     T, S = q.shape[1], k.shape[1]
-    block = _CPU_BLOCK if target_platform() == "cpu" else _BLOCK
+    block = min(max(S // 64 * 8, _CPU_BLOCKS[0]), _CPU_BLOCKS[1])
+    block = block if target_platform() == "cpu" else _BLOCK
     bq, bk = (min(block, math.ceil(n / 8) * 8) for n in (T, S))
     q = _pad(jnp.moveaxis(q, 1, 3), 3, bq)
     k, v = (_pad(jnp.moveaxis(x, 1, 2), 2, bk) for x in (k, v))

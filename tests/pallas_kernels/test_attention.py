@@ -103,7 +103,7 @@ def loops(q, k, v, scale, q_segments=None, k_segments=None, q_index=None, k_inde
 @pytest.fixture
 def small_blocks(monkeypatch):
     monkeypatch.setattr(xla, "_LARGEST_DIRECT", 0)
-    monkeypatch.setattr(xla, "_CPU_BLOCK", 8)
+    monkeypatch.setattr(xla, "_CPU_BLOCKS", (8, 8))
 
 
 @pytest.fixture
