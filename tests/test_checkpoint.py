@@ -20,8 +20,8 @@ from jax.sharding import PartitionSpec as P
 from hybridjax.checkpoint import Checkpoints, restore_model, update_metadata
 from hybridjax.config import MeshConfig, OptimizerConfig, UserError
 from hybridjax.optimizer import make_optimizer
-from hybridjax.workdir import claim, load_config
 from hybridjax.sharding import make_mesh, place_parameters
+from hybridjax.workdir import claim, load_config
 
 
 class Layer(nnx.Module):

@@ -12,15 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import run as run_command
+from micro import get_config
 
 from hybridjax import evaluate
 from hybridjax.config import UserError, typed
 from hybridjax.data.retrieval import Haystack, needle_batch
 from hybridjax.data.tokenizer import ByteTokenizer
 from hybridjax.evals import heldout
-from hybridjax.evals.needle import NO_SCALING, needle
+from hybridjax.evals.batches import NO_SCALING
+from hybridjax.evals.needle import needle
 from hybridjax.workdir import Run
-from micro import get_config
 
 TRAINED = 64
 TASK = dict(key_length=1, value_length=2, separator="")

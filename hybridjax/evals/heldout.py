@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from hybridjax.data.text import documents
 from hybridjax.data.tokenizer import Tokenizer
-from hybridjax.evals.needle import NO_SCALING, TOKENS
+from hybridjax.evals.batches import in_batches, traced
 from hybridjax.loss import next_token_loss
 from hybridjax.mixers.base import Context
 from hybridjax.models.decoder import Decoder
@@ -42,15 +42,8 @@ def bits_per_byte(
     model: Decoder, tokenizer: Tokenizer, rows: np.ndarray, logit_base: float | None = None
 ) -> Heldout:
     """Bits per byte of text rows `[n, length + 1]`."""
-    length = rows.shape[1] - 1
-    size = max(1, min(len(rows), TOKENS // length))
-    base = jnp.float32(NO_SCALING if logit_base is None else logit_base)
-    nats = []
-    for start in range(0, len(rows), size):
-        batch = rows[start : start + size]
-        padded = np.pad(batch, ((0, size - len(batch)), (0, 0)))
-        nats.append(np.asarray(_nats(model, padded, base))[: len(batch)])
-    nats = np.concatenate(nats).astype(np.float64)
+    length, base = rows.shape[1] - 1, traced(logit_base)
+    nats = in_batches(lambda rows: _nats(model, rows, base), rows).astype(np.float64)
     bytes_per_token = sum(len(tokenizer.decode(r[1:]).encode()) for r in rows) / nats.size
     bits = nats / math.log(2) / bytes_per_token
     ends = [n for n in (2**i for i in range(5, 40)) if n < length] + [length]

@@ -14,12 +14,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from hybridjax.data.retrieval import Haystack, Needles, needle_batch
+from hybridjax.evals.batches import in_batches, traced
 from hybridjax.mixers.base import Context
 from hybridjax.models.decoder import Decoder
 
-TOKENS = 16384  # in one call of the model
 TAIL = 32  # tokens at the end of a row whose predictions are looked at
-NO_SCALING = 1e30  # as logit base: ln(t + a) / ln(a) is exactly 1 in f32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,16 +84,9 @@ def exact_match(
     model: Decoder, tests: Needles, logit_base: float | None
 ) -> Float[np.ndarray, " n"]:
     """1 for each test whose whole answer is predicted."""
-    n, length = tests.tokens.shape
-    rows = max(1, min(n, TOKENS // length))
-    tail = min(TAIL, length)
-    base = jnp.float32(NO_SCALING if logit_base is None else logit_base)
+    tail, base = min(TAIL, tests.tokens.shape[1]), traced(logit_base)
     predicted = tests.targets.copy()
-    for start in range(0, n, rows):
-        batch = tests.tokens[start : start + rows]
-        padded = np.pad(batch, ((0, rows - len(batch)), (0, 0)))  # one shape, one compilation
-        out = np.asarray(_predict(model, padded, base, tail))
-        predicted[start : start + rows, -tail:] = out[: len(batch)]
+    predicted[:, -tail:] = in_batches(lambda t: _predict(model, t, base, tail), tests.tokens)
     return tests.exact(predicted)
 
 

@@ -66,7 +66,7 @@ class DecoderState:
 
 class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, key: jax.Array):
-        """Raises `UserError` for a stack that cannot be planned or a legend that cannot be built."""
+        """Raises `UserError` for a stack that cannot be planned or a legend without sense."""
         for name, known in (("remat", REMAT), ("dtype", DTYPES)):
             if getattr(config, name) not in known:
                 value = getattr(config, name)
