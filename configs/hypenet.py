@@ -70,6 +70,15 @@ def tiny(layers: str = "LA", attention_rope: bool = False, linear_rope: bool = T
     )
 
 
+def tiny_hard() -> ConfigDict:
+    """The paper's 3:1 pattern at twice the length; keys of two letters, a step before the value."""
+    config = tiny("LLLA")
+    config.seq_len = 256
+    for task in (config.data.sources.facts, config.evaluation.task):
+        task.update(key_length=2, separator="=")
+    return config
+
+
 # ---------------------------------------------------------------- the paper's sizes
 
 
@@ -132,6 +141,7 @@ PRESETS = {
     "tiny-transformer": lambda: tiny("AA", attention_rope=True),
     "tiny-nope": lambda: tiny("AA"),
     "tiny-reverse": lambda: tiny(attention_rope=True, linear_rope=False),
+    "tiny-hard": tiny_hard,
     "500m": from_scratch_500m,
     "2b": lambda: _released(2048, 6144, 16, 28, {2, 3, 6, 8, 9, 21, 25}),
     "5b": lambda: _released(2560, 9728, 32, 36, {0, 1, 7, 14, 15, 22, 24, 31, 33}),

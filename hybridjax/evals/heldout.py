@@ -43,7 +43,8 @@ def bits_per_byte(
 ) -> Heldout:
     """Bits per byte of text rows `[n, length + 1]`."""
     length, base = rows.shape[1] - 1, traced(logit_base)
-    nats = in_batches(lambda rows: _nats(model, rows, base), rows).astype(np.float64)
+    context = lambda rows: Context.of_rows(rows[:, :-1], logit_base=base)
+    nats = in_batches(lambda rows: _nats(model, rows, context(rows)), rows).astype(np.float64)
     bytes_per_token = sum(len(tokenizer.decode(r[1:]).encode()) for r in rows) / nats.size
     bits = nats / math.log(2) / bytes_per_token
     ends = [n for n in (2**i for i in range(5, 40)) if n < length] + [length]
@@ -84,9 +85,7 @@ def choose_logit_base(
 
 
 @jax.jit
-def _nats(
-    model: Decoder, rows: Int[Array, "B T+1"], logit_base: Float[Array, ""]
-) -> Float[Array, "B T"]:
-    tokens, targets = rows[:, :-1], rows[:, 1:]
-    h = model.hidden(tokens, Context.of_rows(tokens, logit_base=logit_base))
+def _nats(model: Decoder, rows: Int[Array, "B T+1"], ctx: Context) -> Float[Array, "B T"]:
+    targets = rows[:, 1:]
+    h = model.hidden(rows[:, :-1], ctx)
     return next_token_loss(model, h, targets, jnp.ones(targets.shape))[1]

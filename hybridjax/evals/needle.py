@@ -85,16 +85,16 @@ def exact_match(
 ) -> Float[np.ndarray, " n"]:
     """1 for each test whose whole answer is predicted."""
     tail, base = min(TAIL, tests.tokens.shape[1]), traced(logit_base)
+    predict = lambda t: _predict(model, t, Context.of_rows(t, logit_base=base), tail)
     predicted = tests.targets.copy()
-    predicted[:, -tail:] = in_batches(lambda t: _predict(model, t, base, tail), tests.tokens)
+    predicted[:, -tail:] = in_batches(predict, tests.tokens)
     return tests.exact(predicted)
 
 
 @jax.jit(static_argnums=3)
 def _predict(
-    model: Decoder, tokens: Int[Array, "B T"], logit_base: Float[Array, ""], tail: int
+    model: Decoder, tokens: Int[Array, "B T"], ctx: Context, tail: int
 ) -> Int[Array, "B tail"]:
-    ctx = Context.of_rows(tokens, logit_base=logit_base)
     h = model.hidden(tokens, ctx)
     return jnp.argmax(model.logits(h[:, -tail:]), axis=-1)
 
