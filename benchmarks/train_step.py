@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from configs import hypenet
+from hybridjax import command
 from hybridjax.config import Config, typed
 from hybridjax.models.decoder import Decoder
 from hybridjax.optimizer import make_optimizer
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--output", default="docs/results/train_step.json")
     args = parser.parse_args()
 
+    command.prepare_jax()  # as training does; its memory settings serve both sides
     config = comparable(typed(hypenet.get_config(args.preset)))
     threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
