@@ -18,6 +18,7 @@ import argparse
 import itertools
 import json
 import pathlib
+import runpy
 import subprocess
 import sys
 
@@ -78,8 +79,6 @@ def train(preset: str, seed: int, task: str) -> None:
 
 
 def default_steps() -> int:
-    import runpy
-
     return runpy.run_path("configs/hypenet.py")["get_config"]().steps
 
 
@@ -115,7 +114,7 @@ def scores(result: dict, scaled: bool) -> dict[int, float]:
 
 def draw(seeds: list[int]) -> None:
     figure, axes = plt.subplots(
-        1, len(TASKS), figsize=(5.5 * len(TASKS), 3.8), sharey=True, layout="constrained"
+        1, len(TASKS), figsize=(5.5 * len(TASKS), 4.6), sharey=True, layout="constrained"
     )
     table = []
     for ax, task in zip(np.atleast_1d(axes), TASKS, strict=True):
@@ -146,8 +145,9 @@ def draw(seeds: list[int]) -> None:
         ax.set_xscale("log", base=2)
         ax.set_xticks([1, 2, 4, 8, 16, 32], ["1x", "2x", "4x", "8x", "16x", "32x"])
         ax.set(xlabel="length / training length", ylim=(-0.02, 1.02), title=f"{task} task")
-        ax.legend(frameon=False, fontsize=7)
-    np.atleast_1d(axes)[0].set_ylabel("needle exact match (median; dashed: no log scaling)")
+        ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    np.atleast_1d(axes)[0].set_ylabel("needle exact match, median over seeds")
+    figure.suptitle("solid: logits scaled by log position; dashed: not scaled", fontsize=9)
     RESULTS.mkdir(parents=True, exist_ok=True)
     figure.savefig(RESULTS / "hype.png", dpi=130)
     (RESULTS / "hype.json").write_text(json.dumps(table, indent=1) + "\n")
