@@ -93,9 +93,7 @@ def main() -> None:
 
     writer = metrics.MetricWriter(workdir, resume_step=step)
     tokens_per_step = config.batch_size * config.seq_len
-    progress = metrics.Progress(
-        config.steps, tokens_per_step, step, flops_per_token(state.model, config.seq_len)
-    )
+    progress = metrics.Progress(config.steps, tokens_per_step, step, flops_per_token(state.model))
     parameters = sum(x.size for x in jax.tree.leaves(state.model))
     progress.note(
         f"{config.name}: {parameters:,} parameters, {config.model.layers}, "
@@ -222,9 +220,12 @@ def put_batch(batch: dict[str, np.ndarray]) -> Batch:
     return {name: put(x) for name, x in batch.items()}
 
 
-def flops_per_token(model: Decoder, length: int) -> float:
-    """Forward and backward FLOPs: 6 per parameter of the matrices (attention scores left out)."""
-    return 6.0 * sum(x.size for x in jax.tree.leaves(model) if x.ndim >= 2)
+def flops_per_token(model: Decoder) -> float:
+    """Forward and backward FLOPs: 6 per parameter of the matrices. Attention scores are left out,
+    and so is an embedding that is only looked up."""
+    matrices = sum(x.size for x in jax.tree.leaves(model) if x.ndim >= 2)
+    looked_up = 0 if model.head is None else model.embedding.table[...].size
+    return 6.0 * (matrices - looked_up)
 
 
 def _load_tokenizer(config: Config):
