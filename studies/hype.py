@@ -10,8 +10,9 @@ at its training length is trained again, for 3 and then 8 times the steps; one t
 has not learned the task, and says nothing about length. A harder variant of the task, on which
 nothing was tuned, stands beside.
 
-Each cell is a run in `runs/hype/`; a cell that is there is not trained again. The figure and its
-numbers go to `docs/results/hype.{png,json}`.
+Each cell is a run in `runs/hype/`, resumed if it was interrupted; its evaluation is kept in
+`docs/results/hype/`, and a cell that is there is not trained again. The figure and its numbers go to
+`docs/results/hype.{png,json}`.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import itertools
 import json
 import pathlib
 import runpy
+import shutil
 import subprocess
 import sys
 
@@ -41,6 +43,7 @@ TASKS = {  # name -> additions to the preset
 }
 ROOT = pathlib.Path("runs/hype")
 RESULTS = pathlib.Path("docs/results")
+CELLS = RESULTS / "hype"
 
 
 def main() -> None:
@@ -73,6 +76,8 @@ def train(preset: str, seed: int, task: str) -> None:
             ]  # fmt: skip
             print(f"== {workdir}", flush=True)
             subprocess.run(command, check=True)
+            CELLS.mkdir(parents=True, exist_ok=True)
+            shutil.copy(workdir / "evaluation.json", CELLS / f"{workdir.name}.json")
             result = cell(preset, seed, task, budget)
         if at_training_length(result) >= LEARNED:
             return
@@ -87,7 +92,7 @@ def path(preset: str, seed: int, task: str, budget: int) -> pathlib.Path:
 
 
 def cell(preset: str, seed: int, task: str, budget: int) -> dict | None:
-    file = path(preset, seed, task, budget) / "evaluation.json"
+    file = CELLS / f"{path(preset, seed, task, budget).name}.json"
     return json.loads(file.read_text()) if file.exists() else None
 
 
