@@ -11,8 +11,8 @@ has not learned the task, and says nothing about length. A harder variant of the
 nothing was tuned, stands beside.
 
 Each cell is a run in `runs/hype/`, resumed if it was interrupted; its evaluation is kept in
-`docs/results/hype/`, and a cell that is there is not trained again. The figure and its numbers go to
-`docs/results/hype.{png,json}`.
+`docs/results/hype/`, and a cell that is there is not trained again. The figure and its numbers go
+to `docs/results/hype.{png,json}`.
 """
 
 import argparse
