@@ -99,7 +99,7 @@ def measure(run: Run) -> dict[str, Any]:
             "none" if math.isinf(b) else f"{b:g}": value for b, value in bits.items()
         },
         heldout=[dataclasses.asdict(t) for t in texts],
-        needle=needle.as_records(cells),
+        needle=[dataclasses.asdict(c) for c in cells],
     )
 
 

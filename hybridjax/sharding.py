@@ -137,7 +137,7 @@ def over_mesh(
             None if x is None else spec_of(axes, jnp.shape(x))
             for x, axes in zip(args, in_axes, strict=True)
         )
-        single = isinstance(out_axes[0], str) or isinstance(out_axes[0][0], str | None)
+        single = isinstance(out_axes[0][0], str | None)
         out = spec_of(*out_axes) if single else tuple(spec_of(*pair) for pair in out_axes)
         placed = [x if x is None else jax.reshard(x, s) for x, s in zip(args, specs, strict=True)]
         return jax.shard_map(f, in_specs=specs, out_specs=out, check_vma=False)(*placed)

@@ -6,7 +6,6 @@ likeliest.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +96,3 @@ def _predict(
 ) -> Int[Array, "B tail"]:
     h = model.hidden(tokens, ctx)
     return jnp.argmax(model.logits(h[:, -tail:]), axis=-1)
-
-
-def as_records(cells: list[Cell]) -> list[dict[str, Any]]:
-    return [dataclasses.asdict(cell) for cell in cells]

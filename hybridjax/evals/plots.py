@@ -57,8 +57,7 @@ def needle_heatmap(results: dict[str, Any], path: str | os.PathLike) -> None:
                     ax.set_axis_off()
                     continue
                 image = _heatmap(ax, shown)
-                scaling = "no log scaling" if base is None else f"log scaling, a = {base:g}"
-                ax.set_title(f"{n} facts, {scaling}")
+                ax.set_title(f"{n} facts, {_scaling(base)}")
                 ax.set_xlabel("length / training length (mean below)")
         for ax in axes[:, 0]:
             ax.set_ylabel("depth of the fact")
@@ -85,9 +84,8 @@ def heldout(results: dict[str, Any], path: str | os.PathLike) -> None:
         )
         for i, base in enumerate(dict.fromkeys(h["logit_base"] for h in results["heldout"])):
             texts = [h for h in results["heldout"] if h["logit_base"] == base]
-            label = "no log scaling" if base is None else f"log scaling, a = {base:g}"
             longest = texts[-1]
-            style = dict(color=f"C{i}", marker="o", markersize=3, label=label)
+            style = dict(color=f"C{i}", marker="o", markersize=3, label=_scaling(base))
             by_position.plot(longest["positions"], longest["by_position"], **style)
             by_length.plot(
                 [h["length"] for h in texts], [h["bits_per_byte"] for h in texts], **style
@@ -126,6 +124,10 @@ def needle_lines(results: Sequence[dict[str, Any]], path: str | os.PathLike) -> 
         ax.set(xlabel="length / training length", ylabel="needle exact match", ylim=(-0.02, 1.02))
         ax.legend(frameon=False, fontsize=8)
         _save(figure, path)
+
+
+def _scaling(base: float | None) -> str:
+    return "no log scaling" if base is None else f"log scaling, a = {base:g}"
 
 
 def _save(figure, path: str | os.PathLike) -> None:
