@@ -65,26 +65,20 @@ def main() -> None:
     )
 
     # ------------------------------------------------------------ model and optimizer
-    key = jax.random.key(config.seed)
-    new_model = lambda: place_parameters(Decoder(config.model, key))
-    optimizer = make_optimizer(config.optimizer, config.steps, jax.eval_shape(new_model))
+    abstract_model = jax.eval_shape(lambda: new_model(config))
+    optimizer = make_optimizer(config.optimizer, config.steps, abstract_model)
+    initial = jax.jit(lambda: new_state(config, optimizer))
     learning_rate = schedule(config.optimizer, config.steps)
-
-    @jax.jit
-    def new_state() -> TrainState:
-        model = new_model()
-        return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model))
-
     train_step = make_train_step(optimizer, config)
 
     # ------------------------------------------------------------ start: in order of precedence
     # 1. this run's own newest checkpoint   2. another run's model   3. scratch
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep, best=config.checkpoint.best)
     if checkpoints.latest is not None:
-        state, step, metadata = checkpoints.restore(new_state.eval_shape(), loader)
+        state, step, metadata = checkpoints.restore(initial.eval_shape(), loader)
         _check_length(config, metadata["config"], step)
     else:
-        state, step = new_state(), 0
+        state, step = initial(), 0
         if config.init_from:
             source, at = _source(config.init_from)
             model, _, _ = restore_model(source, state.model, at)
@@ -150,6 +144,16 @@ def main() -> None:
         progress.note(f"stopped at step {step}; the same command resumes")
         return
     evaluate.report(workdir)
+
+
+def new_model(config: Config) -> Decoder:
+    """The model before training, each parameter where the mesh wants it."""
+    return place_parameters(Decoder(config.model, jax.random.key(config.seed)))
+
+
+def new_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
+    model = new_model(config)
+    return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model))
 
 
 def make_train_step(

@@ -16,10 +16,9 @@ from jax.sharding import PartitionSpec as P
 from hybridjax import sharding
 from hybridjax.config import MeshConfig, UserError, typed
 from hybridjax.data.pipeline import make_loader
-from hybridjax.models.decoder import Decoder
 from hybridjax.optimizer import make_optimizer
-from hybridjax.sharding import MESH_AXES, RULES, make_mesh, place_parameters
-from hybridjax.train import TrainState, make_train_step, put_batch
+from hybridjax.sharding import MESH_AXES, RULES, make_mesh
+from hybridjax.train import make_train_step, new_model, new_state, put_batch
 
 
 def abstract_mesh(**sizes):
@@ -89,21 +88,18 @@ def test_a_mesh_that_does_not_fit_is_refused(config, fault):
 def train(config, mesh, steps=3, optimizer=None):
     """(losses, state) of a few steps."""
     with jax.set_mesh(mesh):
-        new_model = lambda: place_parameters(Decoder(config.model, jax.random.key(0)))
-        optimizer = optimizer or make_optimizer(
-            config.optimizer, config.steps, jax.eval_shape(new_model)
-        )
-
-        @jax.jit
-        def new_state():
-            model = new_model()
-            return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model))
-
-        state, step, losses = new_state(), make_train_step(optimizer, config), []
+        optimizer = optimizer or optimizer_of(config)
+        state = jax.jit(lambda: new_state(config, optimizer))()
+        step, losses = make_train_step(optimizer, config), []
         for batch in batches(config, steps):
             state, scalars = step(state, put_batch(batch))
             losses.append(float(scalars["loss"]))
         return losses, state
+
+
+def optimizer_of(config):
+    model = jax.eval_shape(lambda: new_model(config))
+    return make_optimizer(config.optimizer, config.steps, model)
 
 
 def batches(config, count):
@@ -233,14 +229,9 @@ def test_every_preset_type_checks_on_256_devices(file, preset, mesh):
     module = importlib.import_module(f"configs.{file}")
     config = typed(module.get_config(f"{preset},batch_size=256"))
 
-    def new_state():
-        model = place_parameters(Decoder(config.model, jax.random.key(0)))
-        optimizer = make_optimizer(config.optimizer, config.steps, model)
-        return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model))
-
     with jax.sharding.use_abstract_mesh(abstract_mesh(**mesh)):
-        state = jax.eval_shape(new_state)
-        optimizer = make_optimizer(config.optimizer, config.steps, state.model)
+        optimizer = optimizer_of(config)
+        state = jax.eval_shape(lambda: new_state(config, optimizer))
         batch = {
             name: _row(config, jnp.float32 if name == "loss_weights" else jnp.int32)
             for name in ("tokens", "targets", "loss_weights", "segments", "positions", "answers")
