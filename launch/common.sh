@@ -53,7 +53,7 @@ need() {
   done
 }
 
-# not_both FIRST SECOND, one_of FIRST SECOND: options that exclude each other; one of them is needed.
+# not_both FIRST SECOND: options that exclude each other; one_of: and one of them is needed.
 not_both() {
   [[ -z ${opt[$1]} || -z ${opt[$2]} ]] || fail "--$1 and --$2 exclude each other: give one"
 }

@@ -9,7 +9,7 @@
 #   [--storage=S] [--spot | --reservation=R] [--max-restarts=100] [--xla=SET] [--dry-run]
 #
 # xpk makes a JobSet. It starts all hosts again, at most --max-restarts times, when one ends with a
-# code above 126: the 143 of worker.sh, or the abort of a host that has lost another. Code 1, a fault
+# code above 126: the 143 of worker.sh, or the abort of a host that lost another. Code 1, a fault
 # that the user must mend, ends the job.
 
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -29,16 +29,16 @@ submit=(
   --max-restarts="${opt[max-restarts]:-100}"
   --termination-grace-period-seconds=120 # between SIGTERM and SIGKILL: the time to save
 )
-variables=''
+hosts=''
 if [[ -n ${opt[tpu-type]} ]]; then
   submit+=(--tpu-type="${opt[tpu-type]}" --num-slices="${opt[slices]:-1}")
 else
   submit+=(--device-type="${opt[device-type]}" --num-nodes="${opt[nodes]:-1}")
   # xpk names these its own way. The pod's shell expands them.
   # shellcheck disable=SC2016
-  variables='JAX_COORDINATOR_ADDRESS=$JAX_COORDINATOR_ADDRESS:$JAX_COORDINATOR_PORT '
+  hosts='JAX_COORDINATOR_ADDRESS=$JAX_COORDINATOR_ADDRESS:$JAX_COORDINATOR_PORT '
   # shellcheck disable=SC2016
-  variables+='JAX_NUM_PROCESSES=$NNODES JAX_PROCESS_ID=$NODE_RANK '
+  hosts+='JAX_NUM_PROCESSES=$NNODES JAX_PROCESS_ID=$NODE_RANK '
 fi
 [[ -z ${opt[image]} ]] || submit+=(--docker-image="${opt[image]}")
 [[ -z ${opt[base-image]} ]] || submit+=(--base-docker-image="${opt[base-image]}" --script-dir=.)
@@ -48,4 +48,4 @@ fi
 
 make_worker
 # `exec`: xpk signals the process that it started; that must be worker.sh, not a shell around it.
-run "${submit[@]}" --command="${variables}exec $(quoted "${worker[@]}")"
+run "${submit[@]}" --command="${hosts}exec $(quoted "${worker[@]}")"

@@ -2,7 +2,7 @@
 # A Cloud TPU slice: launch/tpu_vm.sh ACTION --project=P --zone=Z --name=N ... -- COMMAND
 #
 #   create    the slice, --type=v6e-16 --runtime=v2-alpha-tpuv6e [--queued] [--spot | --reserved]
-#   sync      copy the last commit to all workers and install it [--bucket=B, mounted at /mnt/bucket]
+#   sync      copy the last commit to all workers, install it [--bucket=B, mounted at /mnt/bucket]
 #   run       COMMAND on all workers [--xla=SET]
 #   stop      SIGTERM to the run; returns when it has saved
 #   babysit   all of this until COMMAND exits with 0; a preempted slice is made again [--retries=3]
@@ -32,7 +32,7 @@ on_workers() { run "${vm[@]}" ssh "$name" "${place[@]}" --worker=all --command="
 
 create() {
   local tier=()
-  not_both spot reserved
+  [[ -z ${opt[spot]} ]] || tier=(--spot)
   [[ -z ${opt[reserved]} ]] || tier=(--reserved)
   local shape=("${place[@]}" --accelerator-type="${opt[type]}")
   if [[ -z ${opt[queued]} ]]; then

@@ -7,7 +7,7 @@
 
 child=''
 stopped=''
-trap '' HUP # a shutdown sends SIGTERM and SIGHUP to login sessions; the second must not cut the save
+trap '' HUP # a shutdown sends login sessions SIGTERM and SIGHUP; only the first must count
 trap 'stopped=1; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null' TERM
 
 "$@" &
