@@ -48,4 +48,8 @@ fi
 
 make_worker
 # `exec`: xpk signals the process that it started; that must be worker.sh, not a shell around it.
-run "${submit[@]}" --command="${hosts}exec $(quoted "${worker[@]}")"
+line="${hosts}exec $(quoted "${worker[@]}")"
+# xpk 1.16 writes a GPU command into YAML as it is, between double quotes.
+[[ -z $hosts || $line != *[\"\\]* ]] ||
+  fail "xpk cannot carry quotes and backslashes to GPU hosts: put these settings into a config file"
+run "${submit[@]}" --command="$line"

@@ -83,6 +83,10 @@ NO_RUN = {
         "--tpu-type and --device-type exclude each other",
     ),
     "no-image": (["gke_xpk.sh", *GKE, "--tpu-type=v6e-16", *COMMAND], "no image and no base-image"),
+    "quotes-for-xpk": (
+        ["gke_xpk.sh", *GKE, "--device-type=b200-8", "--image=I", *COMMAND, "--config.name=it's"],
+        "xpk cannot carry quotes and backslashes to GPU hosts",
+    ),
     "no-nodes": (["slurm.sh", *SLURM[1:], *COMMAND], "no nodes: give --nodes=VALUE"),
     "no-bucket": (["skypilot.sh", *SKY[:-1], *COMMAND], "no bucket: give --bucket=VALUE"),
     "unknown-option": (["slurm.sh", *SLURM, "--gpu=8", *COMMAND], "unknown option --gpu: give one"),
@@ -161,7 +165,7 @@ def through_tpu_vm(tmp, command):
 def through_xpk(tmp, command):
     """As xpk does it: in parentheses in a shell script of the pod."""
     fake(tmp / "bin", "xpk", f'{FIND.format("--command")} bash -c "($found) & wait \\$!"')
-    args = [*GKE, "--device-type=h100-mega-80gb-8", "--image=I", "--", *command]
+    args = [*GKE, "--tpu-type=v6e-16", "--image=I", "--", *command]
     return launch("gke_xpk.sh", *args, path=tmp / "bin")
 
 
