@@ -39,8 +39,8 @@ def next_token_loss(
 
     # As the stream is: a choice of each token's logit would else be made on every device for all.
     targets, weights = (place(x, "batch", "length") for x in (targets, weights))
-    batch, length = (n // ways(axis, n) for axis, n in zip(("batch", "length"), targets.shape))
-    count = _slices(batch, length, model)
+    batch, length = targets.shape
+    count = _slices(batch // ways("batch", batch), length // ways("length", length), model)
     if count == 1:
         return loss(h, targets, weights)
 
