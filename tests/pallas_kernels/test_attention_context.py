@@ -109,7 +109,7 @@ CASES = {
     "border-8-one-key": (8, 64, "border", dict(window=1)),
     "border-4-within-shard": (4, 64, "border", dict(window=9, packed=True)),
     "border-8-just-a-shard": (8, 64, "border", dict(window=9)),
-    "border-8-several-shards": (8, 64, "border", dict(window=20, packed=True, H=4, G=2)),
+    "border-8-several-shards": (8, 64, "border", dict(window=20, H=4, G=2)),
     "border-4-beyond-row": (4, 32, "border", dict(window=1000)),
 }
 DEFAULT = {
