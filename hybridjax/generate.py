@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 from absl import flags
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 from safetensors import SafetensorError
 from safetensors.flax import load_file, save_file
@@ -28,7 +29,7 @@ from hybridjax.data.tokenizer import TextStream
 from hybridjax.files import one_line, reason
 from hybridjax.layers.position import MAX_POSITION
 from hybridjax.models.decoder import Decoder, DecoderState
-from hybridjax.sharding import place
+from hybridjax.sharding import current_spec, place
 from hybridjax.workdir import open_run
 
 PIECE = 512  # tokens of a prompt that are read at once
@@ -226,8 +227,17 @@ def fork(prefix: Prefix, count: int | None) -> Prefix:
             f"the saved state has {logits.shape[0]} rows and there are {count} prompts: give as "
             "many prompts, or save the state of one"
         )
-    axes = (state.batch_axes(), 0)
-    return jax.tree.map(lambda x, axis: jnp.repeat(x, count, axis), prefix, axes)
+    rows = current_spec(("batch",), (count,))
+
+    def repeat(x, axis):
+        x = jnp.repeat(x, count, axis)
+        if rows is None:
+            return x
+        spec = list(jax.typeof(x).sharding.spec)  # one row was whole, many are split
+        spec[axis] = rows[0]
+        return jax.reshard(x, P(*spec))
+
+    return jax.tree.map(repeat, prefix, (state.batch_axes(), 0))
 
 
 def state_bytes(state: DecoderState) -> int:
@@ -247,11 +257,12 @@ def load_prefix(path: str, model: Decoder) -> Prefix:
             metadata = file.metadata()
         arrays = load_file(path)
         rows, max_length = int(metadata["rows"]), int(metadata["max_length"])
-    vocab = model.embedding.table.shape[0]
-    wanted = (
-        jax.eval_shape(lambda: model.init_state(rows, max_length)),
-        jax.ShapeDtypeStruct((rows, vocab), jnp.float32),
-    )
+
+    def blank(model: Decoder) -> Prefix:
+        logits = jnp.zeros((rows, model.embedding.table.shape[0]), jnp.float32)
+        return model.init_state(rows, max_length), place(logits, "batch", None)
+
+    wanted = jax.jit(blank).lower(model).out_info  # unlike eval_shape it knows the devices
     kinds = lambda named: {name: (x.shape, x.dtype) for name, x in named.items()}
     if kinds(_named(wanted)) != kinds(arrays):
         raise UserError(

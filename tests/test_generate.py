@@ -109,15 +109,44 @@ def test_rows_of_a_batch_are_as_if_alone(prompts):
         assert write(read([prompt]), 5)[0].tolist() == row.tolist()
 
 
-def test_on_a_mesh(prompts):
+MESHES = {
+    "batch and heads": MeshConfig(data=2, tensor=2, fsdp=2),
+    "split caches": MeshConfig(data=2, context=4),
+}
+
+
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+def test_on_a_mesh(prompts, mesh):
     batch = [prompts[0], prompts[1], prompts[2], prompts[0]]
     expected = write(read(batch), 3)
-    with jax.set_mesh(make_mesh(MeshConfig(data=2, tensor=2, fsdp=2))):
+    with jax.set_mesh(make_mesh(mesh)):
         sharded = place_parameters(model())
         state = generate.new_state(sharded, 4, 24)
         prefix = generate.prefill(sharded, batch, state, piece=4)
         stream = generate.decode(sharded, prefix, jax.random.key(0), GREEDY)
         assert np.stack([next(stream) for _ in range(3)], axis=1).tolist() == expected.tolist()
+
+
+def test_a_split_cache_is_saved_and_forked(prompts, tmp_path):
+    """Two questions of one prefix, read on a mesh with split caches, kept and loaded there."""
+    prefix, questions, path = prompts[0], prompts[1:], str(tmp_path / "state")
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, context=4))):
+        sharded = place_parameters(model("AW"))
+        state = generate.new_state(sharded, 1, 24)
+        cache = state.layers.groups[0][0][0].keys
+        assert cache.addressable_shards[0].data.shape == (1, 1, 6, 2, 8)
+        generate.save_prefix(path, generate.prefill(sharded, [prefix], state, piece=4))
+        loaded = generate.load_prefix(path, sharded)
+        assert loaded[0].layers.groups[0][0][0].keys.sharding == cache.sharding
+        state, _ = generate.fork(loaded, 2)
+        asked = generate.prefill(sharded, questions, state, piece=4)
+        stream = generate.decode(sharded, asked, jax.random.key(0), GREEDY)
+        tokens = np.stack([next(stream) for _ in range(3)], axis=1)
+    state = generate.new_state(model("AW"), 2, 24)
+    both = [np.concatenate([prefix, question]) for question in questions]
+    alone = generate.prefill(model("AW"), both, state, piece=4)
+    stream = generate.decode(model("AW"), alone, jax.random.key(0), GREEDY)
+    assert tokens.tolist() == np.stack([next(stream) for _ in range(3)], axis=1).tolist()
 
 
 # ---------------------------------------------------------------- drawing

@@ -14,18 +14,20 @@ from jaxtyping import Array, Float, Int
 from hybridjax.layers.linear import repeat_heads
 from hybridjax.layers.qkv import QKV, GatedOutput
 from hybridjax.mixers.base import Context, Mixer, new_length, place_state, state, state_field
-from hybridjax.sharding import over_mesh, ways
+from hybridjax.sharding import context_axis, over_mesh, place, ways
 from pallas_kernels.attention import attention
 
-_HEADS = ("batch", None, "heads", None)
+_ROWS = ("batch", "length")  # split over context
+_PIECE = ("batch", None)  # whole: a piece of a prompt, a window
+_HEADS = ("heads", None)
 
 
 @state
 class KeyValueCache:
-    """All keys and values: `2 B S G K` elements, S = max_length."""
+    """All keys and values: `2 B S G K` elements, S = max_length; the slots split over context."""
 
-    keys: Float[Array, "B S G K"] = state_field(*_HEADS)
-    values: Float[Array, "B S G K"] = state_field(*_HEADS)
+    keys: Float[Array, "B S G K"] = state_field(*_ROWS, *_HEADS)
+    values: Float[Array, "B S G K"] = state_field(*_ROWS, *_HEADS)
     length: Int[Array, " B"] = state_field("batch")
 
     def append(self, k: Array, v: Array, ctx: Context) -> "KeyValueCache":
@@ -33,12 +35,18 @@ class KeyValueCache:
         index = self.length[:, None] + jnp.arange(k.shape[1])
         index = jnp.where(ctx.segments > 0, index, self.keys.shape[1])  # padding: out of range
 
+        axis, axes = context_axis(self.keys.shape[1]), (*_ROWS, *_HEADS)
+
         def write(cache, new, index):
+            slots = cache.shape[1]
+            if axis is not None:  # each device writes what falls into its part
+                index -= slots * jax.lax.axis_index(axis)
+                index = jnp.where(index < 0, slots, index)  # negative ones would count from behind
             rows = jnp.arange(new.shape[0])[:, None]
             return cache.at[rows, index].set(new.astype(cache.dtype), mode="drop")
 
-        in_axes = (_HEADS, _HEADS, ("batch", None))
-        write = over_mesh(write, in_axes, (_HEADS, self.keys.shape))
+        in_axes = (axes, (*_PIECE, *_HEADS), _PIECE)
+        write = over_mesh(write, in_axes, (axes, self.keys.shape))
         keys, values = write(self.keys, k, index), write(self.values, v, index)
         return KeyValueCache(keys, values, new_length(self.length, ctx))
 
@@ -47,8 +55,8 @@ class KeyValueCache:
 class WindowCache:
     """The last `window` keys and values, newest at the end: `2 B window G K` elements."""
 
-    keys: Float[Array, "B W G K"] = state_field(*_HEADS)
-    values: Float[Array, "B W G K"] = state_field(*_HEADS)
+    keys: Float[Array, "B W G K"] = state_field(*_PIECE, *_HEADS)
+    values: Float[Array, "B W G K"] = state_field(*_PIECE, *_HEADS)
     length: Int[Array, " B"] = state_field("batch")
 
     def index(self) -> Int[Array, "B W"]:
@@ -61,7 +69,8 @@ class WindowCache:
         length = new_length(self.length, ctx)
         window = self.keys.shape[1]
         newest = jax.vmap(lambda x, start: jax.lax.dynamic_slice_in_dim(x, start, window))
-        newest = over_mesh(newest, (_HEADS, ("batch",)), (_HEADS, self.keys.shape))
+        axes = (*_PIECE, *_HEADS)
+        newest = over_mesh(newest, (axes, ("batch",)), (axes, self.keys.shape))
         keep = lambda x: newest(x, length - self.length)
         return WindowCache(keep(keys), keep(values), length)
 
@@ -98,7 +107,7 @@ class Attention(Mixer):
         """`window`, where given, is the layer's window as traced data (a searched pattern)."""
         q, k, v = self._heads(x, ctx)
         segments = dict(q_segments=ctx.segments, k_segments=ctx.segments)
-        return self.output(self._attend(q, k, v, window, **segments), x)
+        return self.output(self._attend(q, k, v, window, _ROWS, _ROWS, **segments), x)
 
     def init_state(self, batch: int, max_length: int, dtype: jnp.dtype):
         slots = max_length if self.window is None else self.window
@@ -107,20 +116,21 @@ class Attention(Mixer):
         return place_state(kind(buffer, buffer, jnp.zeros(batch, jnp.int32)))
 
     def extend(self, x: Float[Array, "B T D"], state, ctx: Context):
-        q, k, v = self._heads(x, ctx)
+        q, k, v = (place(y, *_PIECE, *_HEADS) for y in self._heads(x, ctx))
         q_index = state.length[:, None] + jnp.arange(x.shape[1])
         if self.window is None:
             state = state.append(k, v, ctx)
             slots = jnp.arange(state.keys.shape[1])
             k_index = jnp.broadcast_to(slots, (x.shape[0], slots.size))
-            o = self._attend(q, state.keys, state.values, None, q_index=q_index, k_index=k_index)
+            index = dict(q_index=q_index, k_index=k_index)
+            o = self._attend(q, state.keys, state.values, None, _PIECE, _ROWS, **index)
             return self.output(o, x), state
         keys = jnp.concatenate([state.keys, k.astype(state.keys.dtype)], axis=1)
         values = jnp.concatenate([state.values, v.astype(state.values.dtype)], axis=1)
         k_index = jnp.concatenate([state.index(), q_index], axis=1)
         seen = (k_index >= 0).astype(jnp.int32)
         o = self._attend(
-            q, keys, values, None,
+            q, keys, values, None, _PIECE, _PIECE,
             q_index=q_index, k_index=k_index, q_segments=jnp.ones_like(q_index), k_segments=seen,
         )  # fmt: skip
         return self.output(o, x), state.shift(keys, values, ctx)
@@ -133,22 +143,30 @@ class Attention(Mixer):
             q = (q * scale[:, :, None, None]).astype(q.dtype)
         return q, k, v
 
-    def _attend(self, q, k, v, window, **index) -> Float[Array, "B T HK"]:
+    def _attend(self, q, k, v, window, q_axes, k_axes, **places) -> Float[Array, "B T HK"]:
+        """`q_axes`, `k_axes`: the logical axes of queries' and of keys' batch and tokens."""
         window = self.window if window is None else window
         repeats = _kv_repeats(self.heads, self.kv_heads)
         k, v = repeat_heads(k, repeats), repeat_heads(v, repeats)
-        names = list(index)
+        names = list(places)
+        axis = context_axis(k.shape[1]) if k_axes == _ROWS else None
+        exchange = "merge" if axis and q_axes == _PIECE else None
 
         def kernel(q, k, v, window, *arrays):
-            return attention(q, k, v, window=window, **dict(zip(names, arrays, strict=True)))
+            return attention(
+                q, k, v, window=window, context_axis=axis, exchange=exchange,
+                **dict(zip(names, arrays, strict=True)),
+            )  # fmt: skip
 
+        in_heads = ((*q_axes, *_HEADS), *2 * ((*k_axes, *_HEADS),))
+        in_places = tuple(q_axes if name.startswith("q_") else k_axes for name in names)
         if window is None or isinstance(window, int):  # static: kernels may specialise on it
             f = lambda q, k, v, *arrays: kernel(q, k, v, window, *arrays)
-            arguments, in_axes = (q, k, v), (_HEADS,) * 3
+            arguments, in_axes = (q, k, v), in_heads
         else:
-            f, arguments, in_axes = kernel, (q, k, v, window), (_HEADS,) * 3 + ((),)
-        in_axes += (("batch", None),) * len(index)
-        o = over_mesh(f, in_axes, (_HEADS, q.shape))(*arguments, *index.values())
+            f, arguments, in_axes = kernel, (q, k, v, window), (*in_heads, ())
+        f = over_mesh(f, (*in_axes, *in_places), (in_heads[0], q.shape))
+        o = f(*arguments, *places.values())
         return o.reshape(*q.shape[:2], -1)
 
 

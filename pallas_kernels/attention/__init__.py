@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.attention import context
 from pallas_kernels.dispatch import Dispatch
 
 _dispatch = Dispatch(
@@ -25,6 +26,8 @@ def attention(
     q_index: Int[Array, "B T"] | None = None,
     k_index: Int[Array, "B S"] | None = None,
     window: int | Int[Array, ""] | None = None,
+    context_axis: str | None = None,
+    exchange: str | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> Float[Array, "B T H V"]:
     """`softmax(scale q k^T) v` over the keys a query sees.
@@ -40,6 +43,12 @@ def attention(
       q_segments, k_segments: document ids; 0 = padding. Both or neither.
       q_index, k_index: places in the sequence, >= 0; default: the order in the row (T == S only).
       window: number of keys a query sees, its own included; may be traced; None = all.
+      context_axis: the mesh axis along which the row is split, inside a shard_map: T and S are
+        then the lengths of this device's parts, in the order of the devices.
+      exchange: how the parts meet: "ring", "gather", or "border" for a static window; None: the
+        border where the window spans less than half of the row, else the ring. "merge" is for a
+        split cache: every device has all queries and its own keys, at `k_index`, in any order;
+        all get the same outputs, which cannot be differentiated.
       implementation: None (best for the target platform), a name, or names to try in order.
 
     Returns:
@@ -47,12 +56,16 @@ def attention(
     """
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
     _check_shapes(q, k, v, q_segments, k_segments, q_index, k_index)
-    window = _checked_window(window)
-    return _dispatch(
-        implementation, q, k, v,
+    how = dict(
         scale=q.shape[-1] ** -0.5 if scale is None else scale, q_segments=q_segments,
-        k_segments=k_segments, q_index=q_index, k_index=k_index, window=window,
+        k_segments=k_segments, q_index=q_index, k_index=k_index, window=_checked_window(window),
     )
+    if context_axis is None:
+        if exchange is not None:
+            raise ValueError(f"exchange={exchange!r} needs a context_axis")
+        return _dispatch(implementation, q, k, v, **how)
+    _check_exchange(exchange, q_index, k_index, implementation)
+    return context.attention(q, k, v, **how, axis=context_axis, exchange=exchange)
 
 
 def _check_shapes(q, k, v, q_segments, k_segments, q_index, k_index):
@@ -80,6 +93,16 @@ def _check_shapes(q, k, v, q_segments, k_segments, q_index, k_index):
         raise ValueError("q_segments and k_segments must be given together")
     if T != S and (q_index is None or k_index is None):
         raise ValueError(f"q_index and k_index must be given where T ({T}) differs from S ({S})")
+
+
+def _check_exchange(exchange, q_index, k_index, implementation):
+    if exchange not in (None, *context.EXCHANGES):
+        raise ValueError(f"exchange {exchange!r} is unknown; known are {context.EXCHANGES}")
+    if exchange == "merge" and (q_index is None or k_index is None):
+        raise ValueError("exchange='merge' needs q_index and k_index: the keys may lie anywhere")
+    named = (implementation,) if isinstance(implementation, str) else implementation
+    if named is not None and "xla" not in named:
+        raise NotImplementedError(f"attention: only xla serves a context_axis, not {named}")
 
 
 def _checked_window(window):
