@@ -139,6 +139,7 @@ def tiny(**changes):
     config.model.layers = "LALA"
     for block in config.model.blocks.values():
         block.mixers[0].update(heads=4, kv_heads=2)
+    config.model.blocks.A.mixers[0].rope = changes.pop("rope", False)
     config.model.update(changes.pop("model", {}))
     config.update(changes)
     return typed(config)
@@ -227,6 +228,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(devices):
 # ---------------------------------------------------------------- rows split over devices
 
 LENGTH = 64
+STACKS = {"HypeNet": "LALA", "Transformer": "AA"}
 
 
 def packed(layers):
@@ -234,7 +236,8 @@ def packed(layers):
     weight, so that the order in which their losses are summed shows less than 1e-6."""
     sources = dict(snippets=source("micro:Snippets"))
     data = dict(tokenizer="bytes", sources=sources, packing="best_fit")
-    return tiny(model=dict(layers=layers), data=data, seq_len=LENGTH, steps=10)
+    model = dict(layers=STACKS.get(layers, layers))
+    return tiny(model=model, rope=layers == "Transformer", data=data, seq_len=LENGTH, steps=10)
 
 
 def test_documents_cross_the_borders_of_devices():
@@ -259,18 +262,22 @@ SPLIT = {
     "more tensor, context": MeshConfig(data=1, tensor=4, context=2),
     "no context": MeshConfig(data=2, fsdp=2, tensor=2),
 }
-DEFAULT = ("context", "data, tensor, context", "fsdp, context")
+DEFAULT = {("HypeNet", "context"), ("HypeNet", "data, tensor, context")}
+DEFAULT |= {("Transformer", "fsdp, context")}
 
 
-@pytest.mark.parametrize("layers", ("LL",))
 @pytest.mark.parametrize(
-    "mesh",
+    "layers, mesh",
     [
-        pytest.param(mesh, id=name, marks=() if name in DEFAULT else pytest.mark.slow)
+        pytest.param(
+            layers, mesh, id=f"{layers} {name}",
+            marks=() if (layers, name) in DEFAULT else pytest.mark.slow,
+        )
+        for layers in STACKS
         for name, mesh in SPLIT.items()
     ],
-)
-def test_ten_steps_with_rows_split_over_devices(mesh, layers):
+)  # fmt: skip
+def test_ten_steps_with_rows_split_over_devices(layers, mesh):
     losses, gradients = ten_steps(layers, make_mesh(mesh))
     expected, expected_gradients = ten_steps_alone(layers)
     assert abs(losses[0] / expected[0] - 1) < 1e-6
