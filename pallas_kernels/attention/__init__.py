@@ -46,10 +46,11 @@ def attention(
       context_axis: the mesh axis along which the row is split, inside a shard_map: T and S are
         then the lengths of this device's parts, in the order of the devices.
       exchange: how the parts meet: "ring", "gather", or "border" for a static window; None: the
-        border where the window spans less than half of the row, else the ring. "merge" is for a
+        border where the window spans at most half of the row, else the ring. "merge" is for a
         split cache: every device has all queries and its own keys, at `k_index`, in any order;
         all get the same outputs, which cannot be differentiated.
       implementation: None (best for the target platform), a name, or names to try in order.
+        Split rows are served by "xla".
 
     Returns:
       The outputs in v's dtype.
