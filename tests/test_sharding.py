@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib
+import itertools
 import logging
 import pathlib
 import re
@@ -16,10 +17,12 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
-from hybridjax import sharding
+from hybridjax import generate, sharding
 from hybridjax.config import MeshConfig, UserError, typed
 from hybridjax.data.pipeline import make_loader
 from hybridjax.data.sources import source
+from hybridjax.evals import heldout
+from hybridjax.mixers.base import Context
 from hybridjax.optimizer import make_optimizer
 from hybridjax.sharding import MESH_AXES, RULES, make_mesh
 from hybridjax.train import make_train_step, new_model, new_state, put_batch
@@ -308,6 +311,32 @@ def ten_steps(layers, mesh):
 def distance(x, y):
     """Root mean square of the difference, relative to y's."""
     return np.sqrt(np.mean((x - y) ** 2) / np.mean(y**2))
+
+
+@pytest.mark.parametrize("layers", ("LL",))
+def test_measuring_and_generating_with_rows_split_over_devices(rng, layers):
+    """Of lengths that 8 devices divide and do not, and of prompts that end anywhere."""
+    config = packed(layers)
+    rows = rng.integers(1, 256, size=(1, 1 + LENGTH)).astype(np.int32)
+    prompts = [rng.integers(1, 256, size=n).astype(np.int32) for n in (29, 11)]
+
+    def results(model):
+        nats = []
+        for length in (LENGTH, LENGTH - 4):
+            ctx = Context.of_rows(rows[:, :length], logit_base=jnp.float32(8))
+            nats.append(heldout._nats(model, rows[:, : length + 1], ctx))
+        state = generate.new_state(model, len(prompts), LENGTH)
+        prefix = generate.prefill(model, prompts, state, piece=16)
+        logits = np.asarray(prefix[1])
+        greedy = functools.partial(generate.sample, temperature=0.0)
+        words = generate.decode(model, prefix, jax.random.key(0), greedy)
+        return [*map(np.asarray, nats), logits, *itertools.islice(words, 3)]
+
+    expected = results(new_model(config))
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, context=8))):
+        found = results(jax.jit(lambda: new_model(config))())
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
 
 
 def test_no_device_holds_a_whole_row():
