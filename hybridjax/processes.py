@@ -319,8 +319,8 @@ class Watch:
             if now - when > self._lost_after and not news["done"]:
                 lost = 0 if process == self._process else process
                 return (
-                    f"process {lost} has been silent for {now - when:.0f} s, after step "
-                    f"{self._heard[lost][0]['step']}: the same command resumes"
+                    f"process {lost} has been silent for {now - when:.0f} s, last heard of at step "
+                    f"{self._heard[lost][0]['step']}; the same command resumes"
                 )
         return None
 

@@ -59,7 +59,7 @@ reaper=
 left=$count
 while ((left)); do
   status=0
-  wait -n -p ended "${pids[@]}" || status=$?
+  wait -n -p ended "${pids[@]}" 2>/dev/null || status=$?
   [[ -z ${ended-} ]] && continue # a signal, not an end
   left=$((left - 1))
   for i in "${!pids[@]}"; do
@@ -73,5 +73,5 @@ while ((left)); do
     reaper=$!
   fi
 done
-[[ -n $reaper ]] && kill "$reaper" 2>/dev/null
+[[ -z $reaper ]] || kill "$reaper" 2>/dev/null || true
 exit "$code"

@@ -68,11 +68,20 @@ def train(workdir, *settings: str, config: str = f"{MICRO}:micro", report=False)
 def end_state(workdir) -> dict:
     """What must not depend on how often a run was interrupted, bit for bit."""
     directory = pathlib.Path(workdir).resolve() / "checkpoints"
-    with ocp.training.Checkpointer(directory) as checkpointer, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # no shardings are given
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    with ocp.training.Checkpointer(directory) as checkpointer:
         step = checkpointer.latest.step
-        parts = dict.fromkeys(("model", "opt_state", "step"))
-        parts = checkpointer.load_checkpointables(step, parts)
+        saved = checkpointer.checkpointables_metadata(step).metadata
+        parts = checkpointer.load_checkpointables(
+            step,
+            {
+                part: {
+                    name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
+                    for name, x in saved[part].items()
+                }
+                for part in ("model", "opt_state", "step")
+            },
+        )
     arrays = {
         f"{part}/{name}": np.asarray(x).tobytes()
         for part, leaves in parts.items()
