@@ -8,11 +8,13 @@ import platform
 import runpy
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from hybridjax import processes
 from hybridjax.config import UserError, override
 
 FLAGS = flags.FLAGS
@@ -29,9 +31,14 @@ def config() -> ConfigDict:
     return FLAGS.config
 
 
-def run(main: Callable[[], None]) -> None:
-    """Parses the flags and runs `main`; exits with 1 and one line on a user's fault."""
+def run(main: Callable[[], None], *, preemptible: bool = False) -> None:
+    """Parses the flags and runs `main`; exits with 1 and one line on a user's fault.
+
+    Args:
+      preemptible: `main` asks `processes.StopRequest`, so SIGTERM is not the end at once.
+    """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    processes.define_flags()
     try:
         try:
             _check_config_file()
@@ -41,11 +48,20 @@ def run(main: Callable[[], None]) -> None:
             raise UserError(_one_line(error)) from error
         if rest:
             raise UserError(f"unexpected argument {rest[0]!r}: settings are --config.key=value")
+        processes.start(preemptible)
         prepare_jax()
-        main()
+        processes.agree(_settings())
+        with processes.together():
+            main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        processes.fail(str(error))
+
+
+def _settings() -> dict[str, Any]:
+    """What all processes must have in common: every flag but which process this is."""
+    values = FLAGS.flag_values_dict()
+    del values["process"]
+    return {n: v.to_dict() if isinstance(v, ConfigDict) else v for n, v in values.items()}
 
 
 def prepare_jax() -> None:

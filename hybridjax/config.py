@@ -57,6 +57,7 @@ class DataConfig:
     tokenizer: str  # "bytes" or the path of a tokenizer.json
     sources: Mapping[str, Mapping[str, Any]]  # name -> spec of a source, with its weight
     packing: str = "concat"  # concat | best_fit
+    streams: int = 1  # parts of the data that are read side by side; on many hosts, one for each
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from absl import flags
 
 from hybridjax import command
@@ -42,6 +43,8 @@ def report(workdir: str | os.PathLike) -> dict[str, Any]:
     """Measures the newest checkpoint of a run; writes numbers and pictures beside it."""
     run = open_run(workdir)
     results = measure(run)
+    if jax.process_index() != 0:
+        return results
     update_metadata(workdir, run.step, {"logit_base": results["logit_base"]})
     (run.workdir / RESULTS).write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
     plots.loss(read_metrics(workdir), run.workdir / "loss.png", title=run.config.name)
@@ -135,7 +138,8 @@ def compare(workdirs: Sequence[pathlib.Path], output: pathlib.Path) -> None:
                 f"{workdir} is not measured: run hybridjax.evaluate --workdir={workdir}"
             )
         results.append(json.loads(path.read_text()))
-    plots.needle_lines(results, output)
+    if jax.process_index() == 0:
+        plots.needle_lines(results, output)
     for result in results:
         print(table(result))
     print(f"picture: {output}")

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 from absl import flags
+from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 from safetensors import SafetensorError
@@ -159,7 +160,7 @@ def decode(
         tokens, state, logits = _write(
             model, state, logits, jax.random.fold_in(key, step), logit_base, sampler
         )
-        yield np.asarray(tokens)
+        yield multihost_utils.process_allgather(tokens, tiled=True)
 
 
 @functools.partial(jax.jit, static_argnums=5, donate_argnums=1)
@@ -246,8 +247,11 @@ def state_bytes(state: DecoderState) -> int:
 
 def save_prefix(path: str, prefix: Prefix) -> None:
     metadata = {"max_length": str(prefix[0].max_length), "rows": str(prefix[1].shape[0])}
+    whole = multihost_utils.process_allgather(_named(prefix), tiled=True)
+    if jax.process_index() != 0:
+        return
     with _errors_of(f"cannot write the state {path}", "choose another --save_state"):
-        save_file(_named(prefix), path, metadata)
+        save_file(whole, path, metadata)
 
 
 def load_prefix(path: str, model: Decoder) -> Prefix:

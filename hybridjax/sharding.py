@@ -73,17 +73,33 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
       UserError: the sizes do not multiply to the number of devices.
     """
     count = len(devices) if devices is not None else jax.device_count()
-    sizes = [getattr(config, axis) for axis in MESH_AXES]
-    named = dict(zip(MESH_AXES, sizes, strict=True))
-    rest = count // math.prod(size for size in sizes if size > 0)
-    if sizes.count(-1) > 1:
-        raise UserError(f"mesh {named}: at most one axis may be -1")
-    sizes = [rest if size == -1 else size for size in sizes]
-    if math.prod(sizes) != count:
+    sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
+    if list(sizes.values()).count(-1) > 1:
+        raise UserError(f"mesh {sizes}: at most one axis may be -1")
+    asked, left = dict(sizes), count
+    for axis in sorted(sizes, key=lambda axis: sizes[axis] == -1):  # a free one comes last
+        sizes[axis] = left if sizes[axis] == -1 else sizes[axis]
+        if sizes[axis] < 1 or left % sizes[axis]:
+            raise _does_not_fit(asked, count, axis, left)
+        left //= sizes[axis]
+    if left > 1:
         raise UserError(
-            f"mesh {named} does not fit {count} devices: set the sizes by --config.mesh"
+            f"mesh {asked} uses {count // left} of {count} devices: set --config.mesh.data="
+            f"{sizes['data'] * left} or another axis to -1"
         )
-    return jax.make_mesh(sizes, MESH_AXES, (AxisType.Explicit,) * len(sizes), devices=devices)
+    types = (AxisType.Explicit,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, types, devices=devices)
+
+
+def _does_not_fit(asked: dict[str, int], count: int, axis: str, left: int) -> UserError:
+    sizes = [size for size in range(1, left + 1) if left % size == 0]
+    below = max((size for size in sizes if size < asked[axis]), default=None)
+    above = min((size for size in sizes if size > asked[axis]), default=None)
+    nearest = " or ".join(str(size) for size in (below, above) if size)
+    others = "" if left == count else f" ({left} are left for it)"
+    return UserError(
+        f"mesh {asked} does not fit {count} devices{others}: set --config.mesh.{axis}={nearest}"
+    )
 
 
 def current_spec(axes: Sequence[str | None], shape: Sequence[int]) -> P | None:

@@ -6,8 +6,6 @@ The same command again resumes where the work directory stands. Read `main` from
 import dataclasses
 import functools
 import pathlib
-import signal
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +16,7 @@ import optax
 from absl import flags
 from jaxtyping import Array, Bool, Float, Int
 
-from hybridjax import command, evaluate, metrics
+from hybridjax import command, evaluate, metrics, processes
 from hybridjax.checkpoint import Checkpoints, restore_model
 from hybridjax.config import Config, UserError, typed
 from hybridjax.data.pipeline import make_loader
@@ -57,11 +55,11 @@ def main() -> None:
     loader = make_loader(
         config.data,
         seq_len=config.seq_len,
-        batch_size=config.batch_size // jax.process_count(),
+        batch_size=config.batch_size,
         seed=config.seed,
         align=align,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        needed=rows_of_processes(config),
+        process=jax.process_index(),
     )
 
     # ------------------------------------------------------------ model and optimizer
@@ -96,7 +94,7 @@ def main() -> None:
     )
 
     # ------------------------------------------------------------ the loop
-    stop = _stop_on_sigterm()
+    stop = processes.StopRequest()
     results: dict[str, float] = {}  # of the evaluation at this step, if there was one
     unchecked: list[tuple[int, Float[Array, ""]]] = []  # losses that no one has looked at yet
 
@@ -113,10 +111,11 @@ def main() -> None:
         checkpoints.save(step, state, loader, {"metrics": results})
 
     try:
-        while step < config.steps and not stop.is_set():
-            batch = put_batch(next(loader))
+        while step < config.steps and not stop.at(step):
+            batch = put_batch(next(loader), loader.rows.start, config.batch_size)
             state, scalars = train_step(state, batch)
             step, results = step + 1, {}
+            processes.dispatched(step, scalars["loss"])
             unchecked.append((step, scalars["loss"]))
 
             if step % config.log_every == 0 or step == config.steps:
@@ -135,7 +134,7 @@ def main() -> None:
                     save()
         save()
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        stop.close()
         checkpoints.close()
         writer.close()
 
@@ -212,16 +211,30 @@ def _microbatches(x: Array, count: int) -> Array:
     return place(parts, None, "batch", "length")
 
 
-def put_batch(batch: dict[str, np.ndarray]) -> Batch:
-    """This process's rows as part of the global arrays."""
-    count = jax.process_count()
+def put_batch(batch: dict[str, np.ndarray], first: int = 0, batch_size: int | None = None) -> Batch:
+    """The rows from `first` on of global arrays, of which other processes may put the others."""
 
     def put(x: np.ndarray) -> Array:
-        shape = (x.shape[0] * count, *x.shape[1:])
+        shape = (batch_size or x.shape[0], *x.shape[1:])
         sharding = named_sharding(("batch", "length"), shape)
-        return jax.make_array_from_process_local_data(sharding, x, shape)
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(shape[0])
+            return x[start - first : stop - first, *index[1:]]
+
+        return jax.make_array_from_callback(shape, sharding, part)
 
     return {name: put(x) for name, x in batch.items()}
+
+
+def rows_of_processes(config: Config) -> list[range]:
+    """For each process the rows of a batch that its devices hold, from the first to the last."""
+    shape = (config.batch_size, config.seq_len)
+    places = named_sharding(("batch", "length"), shape).devices_indices_map(shape)
+    held: list[list[int]] = [[] for _ in range(jax.process_count())]
+    for device, (rows, _) in places.items():
+        held[device.process_index] += rows.indices(config.batch_size)[:2]
+    return [range(min(ends), max(ends)) for ends in held]
 
 
 def flops_per_token(model: Decoder) -> float:
@@ -255,7 +268,7 @@ def _check_sizes(config: Config) -> None:
         if size < 1:
             raise UserError(f"config.{name} is {size}: it must be at least 1")
     parts = config.accumulate * ways("batch")
-    replicable = jax.process_count() == config.accumulate == 1  # at the price of idle devices
+    replicable = config.accumulate == 1  # at the price of idle devices
     if config.batch_size % parts and not replicable:
         raise UserError(
             f"batch_size {config.batch_size} is not divisible by accumulate x devices along the "
@@ -293,14 +306,7 @@ def _check_length(config: Config, previous: dict[str, Any], step: int) -> None:
         )
 
 
-def _stop_on_sigterm():
-    """An event that is set by the first SIGTERM: the loop saves and ends."""
-    event = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: event.set())
-    return event
-
-
 if __name__ == "__main__":
     command.define_config()
     flags.DEFINE_string("workdir", None, "where the run lives; default: runs/NAME")
-    command.run(main)
+    command.run(main, preemptible=True)

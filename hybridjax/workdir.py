@@ -3,6 +3,8 @@
 import dataclasses
 import fnmatch
 import json
+import logging
+import math
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -12,7 +14,7 @@ import jax
 from etils import epath
 
 from hybridjax.checkpoint import restore_model
-from hybridjax.config import Config, UserError, typed
+from hybridjax.config import Config, MeshConfig, UserError, typed
 from hybridjax.data.tokenizer import Tokenizer, load_tokenizer
 from hybridjax.files import one_line, read_json, write_json
 from hybridjax.models.decoder import Decoder
@@ -35,17 +37,34 @@ class Run:
 
 
 def open_run(workdir: str | pathlib.Path, step: int | None = None) -> Run:
-    """The model of a work directory's newest checkpoint, or of `step`, on the run's mesh.
+    """The model of a work directory's newest checkpoint, or of `step`, on the run's mesh, or on
+    the like of it that the devices here allow.
 
     Raises `UserError` where there is no run, or no checkpoint that can be read.
     """
     config = typed(load_config(workdir))
-    jax.set_mesh(make_mesh(config.mesh))
+    jax.set_mesh(_mesh(config.mesh))
     new_model = lambda: place_parameters(Decoder(config.model, jax.random.key(0)))
     abstract = jax.jit(new_model).eval_shape()
     model, step, metadata = restore_model(workdir, abstract, step)
     tokenizer = load_tokenizer(config.data.tokenizer)
     return Run(pathlib.Path(workdir), config, model, tokenizer, step, metadata)
+
+
+def _mesh(wanted: MeshConfig) -> jax.sharding.Mesh:
+    """The run's mesh, or the nearest that the devices here allow."""
+    try:
+        return make_mesh(wanted)
+    except UserError as error:
+        left, sizes = jax.device_count(), {}
+        for axis in ("tensor", "context", "fsdp"):
+            size = getattr(wanted, axis)
+            sizes[axis] = left if size == -1 else math.gcd(size, left)
+            left //= sizes[axis]
+        mesh = make_mesh(MeshConfig(**sizes))
+        line = f"trained elsewhere: {error}; now it is {dict(mesh.shape)}"
+        logging.getLogger("hybridjax").warning(line)
+        return mesh
 
 
 # ---------------------------------------------------------------- whose directory it is

@@ -16,7 +16,6 @@ import sys
 import warnings
 from unittest import mock
 
-import grain
 import jax
 import numpy as np
 import pytest
@@ -69,11 +68,20 @@ def train(workdir, *settings: str, config: str = f"{MICRO}:micro", report=False)
 def end_state(workdir) -> dict:
     """What must not depend on how often a run was interrupted, bit for bit."""
     directory = pathlib.Path(workdir).resolve() / "checkpoints"
-    with ocp.training.Checkpointer(directory) as checkpointer, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # no shardings are given
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    with ocp.training.Checkpointer(directory) as checkpointer:
         step = checkpointer.latest.step
-        parts = dict.fromkeys(("model", "opt_state", "step"))
-        parts = checkpointer.load_checkpointables(step, parts)
+        saved = checkpointer.checkpointables_metadata(step).metadata
+        parts = checkpointer.load_checkpointables(
+            step,
+            {
+                part: {
+                    name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
+                    for name, x in saved[part].items()
+                }
+                for part in ("model", "opt_state", "step")
+            },
+        )
     arrays = {
         f"{part}/{name}": np.asarray(x).tobytes()
         for part, leaves in parts.items()
@@ -102,22 +110,24 @@ def each_batch(f):
         yield
 
 
-class _Watched(grain.DatasetIterator):
-    def __init__(self, parent, f):
-        super().__init__(parent)
-        self._f, self._number = f, 0
+class _Watched:
+    def __init__(self, loader, f):
+        self._loader, self._f, self._number = loader, f, 0
 
     def __next__(self):
-        batch = next(self._parent)
+        batch = next(self._loader)
         self._number += 1
         self._f(self._number, batch)
         return batch
 
-    def get_state(self):
-        return self._parent.get_state()
+    def __getattr__(self, name):
+        return getattr(self._loader, name)
 
-    def set_state(self, state):
-        self._parent.set_state(state)
+    async def save(self, directory):  # Orbax looks for it in the class
+        return await self._loader.save(directory)
+
+    async def load(self, directory):
+        return await self._loader.load(directory)
 
 
 @pytest.fixture(scope="session")

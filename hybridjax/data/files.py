@@ -85,7 +85,7 @@ class ArrayRecord:
 class Parquet:
     """A text column of Parquet files, a document per row.
 
-    Row groups are read in random order, and shuffled, but not mixed with each other. Processes
+    Row groups are read in random order, and shuffled, but not mixed with each other. Streams
     share out the row groups, or the rows if there are too few groups.
     """
 
@@ -116,8 +116,8 @@ class Parquet:
         start, stop, step = shard.indices(len(self._numbers))
         if start >= stop:
             raise UserError(
-                f"{self._path} has {stop} documents, too few for {step} processes: add documents "
-                "or use fewer processes"
+                f"{self._path} has {stop} documents, too few for {step} streams: add documents or "
+                "lower config.data.streams"
             )
         groups = grain.MapDataset.source(self._groups)
         if len(groups) >= step:

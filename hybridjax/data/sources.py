@@ -35,7 +35,7 @@ class Source(Protocol):
     def __init__(self, tokenizer: Tokenizer, seq_len: int, split: str, seed: int, **options): ...
 
     def dataset(self, shard: slice = slice(None)) -> grain.MapDataset | grain.IterDataset:
-        """This process's documents: every `shard.step`-th one, from `shard.start` on.
+        """The documents of one stream: every `shard.step`-th one, from `shard.start` on.
 
         A `MapDataset` is shuffled and repeated by the pipeline, unless its length is `sys.maxsize`
         (endless); an `IterDataset` is repeated.

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from hybridjax.sharding import ways
 
@@ -13,14 +14,17 @@ NO_SCALING = 1e30  # as a base `a`: ln(t + a) / ln(a) is exactly 1 in f32
 
 
 def in_batches(f: Callable[[np.ndarray], jax.Array], rows: np.ndarray) -> np.ndarray:
-    """`f(rows)` for rows `[n, T]`; the last batch is padded, and devices share each batch."""
+    """`f(rows)` for rows `[n, T]`; the last batch is padded, and devices share each batch.
+
+    Every process gives the same rows and gets all results.
+    """
     size = max(1, min(len(rows), TOKENS // rows.shape[1]))
     size = -(-size // ways("batch")) * ways("batch")
     results = []
     for start in range(0, len(rows), size):
         batch = rows[start : start + size]
         padded = np.pad(batch, ((0, size - len(batch)), (0, 0)))
-        results.append(np.asarray(f(padded))[: len(batch)])
+        results.append(multihost_utils.process_allgather(f(padded), tiled=True)[: len(batch)])
     return np.concatenate(results)
 
 

@@ -95,7 +95,7 @@ def test_splits_part_the_documents(kind):
 
 
 @pytest.mark.parametrize(
-    "count, drawn", [(2, 60), (8, 10)], ids=["few processes", "many processes"]
+    "count, drawn", [(2, 60), (8, 10)], ids=["few streams", "many streams"]
 )
 def test_shards_part_the_documents(kind, count, drawn):
     source, found = kind("train"), []
@@ -127,10 +127,10 @@ def test_a_split_has_a_document_from_three_on():
         SplitNumbers(2, "train", 0.01, "corpus")
 
 
-def test_parquet_with_more_processes_than_documents(tmp_path):
+def test_parquet_with_more_streams_than_documents(tmp_path):
     cls, options = write_parquet(tmp_path)
     source = cls(BYTES, 64, "heldout", 0, heldout=0.1, **options)
-    with pytest.raises(UserError, match="has 4 documents, too few for 5 processes"):
+    with pytest.raises(UserError, match="has 4 documents, too few for 5 streams"):
         source.dataset(slice(4, None, 5))
 
 

@@ -1,3 +1,4 @@
+import asyncio
 import json
 
 import grain
@@ -27,8 +28,8 @@ class Counting:
 COUNTING = f"{__name__}:Counting"
 
 
-def data(packing="concat", **sources):
-    return DataConfig(tokenizer="bytes", sources=sources, packing=packing)
+def data(packing="concat", streams=1, **sources):
+    return DataConfig(tokenizer="bytes", sources=sources, packing=packing, streams=streams)
 
 
 def loader(sources, batch_size=4, seq_len=64, seed=0, **options):
@@ -111,13 +112,75 @@ def test_epochs_are_whole_and_shuffled_anew():
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
-def test_processes_part_the_documents():
-    parts = []
-    for i in range(2):
-        sources = dict(a=source(COUNTING, count=12))
-        batches = take(loader(sources, batch_size=2, process_index=i, process_count=2), 3)
-        parts.append({int(t) for b in batches for t in b["tokens"][:, 0]})
-    assert parts[0] | parts[1] == set(range(100, 112)) and not parts[0] & parts[1]
+def parts(mixture, streams, processes, batch_size=8):
+    """The loaders of all processes, each of which holds as many rows."""
+    config = dict(mixture, streams=streams)
+    size = batch_size // processes
+    needed = [range(size * i, size * (i + 1)) for i in range(processes)]
+    options = dict(batch_size=batch_size, needed=needed)
+    return [loader(config, process=i, **options) for i in range(processes)]
+
+
+def whole(loaders, count):
+    """Batches put together from the rows that each process needs."""
+    batches = [take(part, count) for part in loaders]
+    size = 8 // len(loaders)
+    row = lambda i, part: slice(size * i - part.rows.start, size * (i + 1) - part.rows.start)
+    return [
+        {
+            name: np.concatenate(
+                [batch[name][row(i, part)] for i, (part, batch) in enumerate(zip(loaders, each))]
+            )
+            for name in FIELDS
+        }
+        for each in zip(*batches, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("streams", (1, 2, 4))
+def test_the_order_of_rows_does_not_depend_on_the_processes(mixture, streams):
+    alone = whole(parts(mixture, streams, 1), 5)
+    for processes in (2, 8):
+        assert_same(whole(parts(mixture, streams, processes), 5), alone)
+
+
+def test_streams_part_the_documents():
+    [one] = parts(dict(a=source(COUNTING, count=16)), 2, 1)
+    first, second = (np.split(b["tokens"][:, 0], 2) for b in take(one, 2))
+    left, right = ({int(t) for rows in part for t in rows} for part in zip(first, second))
+    assert left | right == set(range(100, 116)) and not left & right
+
+
+def test_each_stream_is_saved_once_and_resumes_on_other_processes(mixture, tmp_path):
+    before = parts(mixture, 4, 2)
+    for part in before:
+        for _ in range(3):
+            next(part)
+    saved = sum((saved_by(part, tmp_path / "data") for part in before), [])
+    assert sorted(saved) == [f"stream_{i}.json" for i in range(4)]
+    expected = whole(before, 4)
+    for processes in (1, 2, 8):
+        after = parts(mixture, 4, processes)
+        for part in after:
+            asyncio.run(finished(part.load(tmp_path / "data")))
+        assert_same(whole(after, 4), expected)
+
+
+async def finished(begun):
+    await (await begun)
+
+
+def saved_by(part, directory):
+    """The names of the files that one process writes."""
+
+    class Directory:
+        async def await_creation(self):
+            directory.mkdir(exist_ok=True)
+            return directory
+
+    before = set(directory.iterdir()) if directory.exists() else set()
+    asyncio.run(finished(part.save(Directory())))
+    return [path.name for path in set(directory.iterdir()) - before]
 
 
 def test_retrieval_rows_are_whole_documents():
@@ -155,12 +218,17 @@ def test_splits_differ():
         (dict(a={"type": "retrieval", "fact": 4}), dict(), "no option fact; did you mean facts"),
         (dict(a=source(COUNTING)), dict(split="test"), "unknown split 'test'"),
         (
-            dict(a=source(COUNTING, count=3)),
-            dict(process_index=4, process_count=5),
-            "sources.a has no document for process 4 of 5",
+            dict(a=source(COUNTING, count=3), streams=4),
+            dict(),
+            "sources.a has no document for stream 3 of 4",
         ),
+        (dict(a=source(COUNTING), streams=3), dict(), "streams is 3: it must divide batch_size 4"),
+        (dict(a=source(COUNTING), streams=0), dict(), "streams is 0: it must divide batch_size 4"),
     ],
-    ids=["none", "negative", "zero", "unknown", "missing", "option", "split", "processes"],
+    ids=[
+        *("none", "negative", "zero", "unknown", "missing", "option", "split"),
+        *("few documents", "no divisor", "no stream"),
+    ],
 )
 def test_faults(sources, options, message):
     with pytest.raises(UserError, match=message):
