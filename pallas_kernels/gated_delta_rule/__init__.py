@@ -109,21 +109,18 @@ def _check_shapes(q, k, v, beta, decay, initial_state, segments):
 
 
 def _check_values(beta, decay, chunk_size):
-    if _outside(beta, 0, 2):
-        raise ValueError(f"beta must be in [0, 2], got {_range(beta)}")
-    if decay is not None and _outside(decay, -np.inf, 0):
-        raise ValueError(f"decay is a log decay and must be <= 0, got {_range(decay)}")
+    _check_range("beta must be in [0, 2]", beta, 0, 2)
+    if decay is not None:
+        _check_range("decay is a log decay and must be <= 0", decay, -np.inf, 0)
+        _check_range("decay must be finite", decay, np.finfo(np.float32).min, 0)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
 
 
-def _outside(x, low, high) -> bool:
+def _check_range(rule, x, low, high):
+    """Of concrete arrays: values of a traced one are not known yet."""
     if isinstance(x, jax.core.Tracer):
-        return False
+        return
     x = np.asarray(x)
-    return bool((x < low).any() or (x > high).any())
-
-
-def _range(x) -> str:
-    x = np.asarray(x)
-    return f"values from {x.min()} to {x.max()}"
+    if x.size and not (x.min() >= low and x.max() <= high):
+        raise ValueError(f"{rule}, got values from {x.min()} to {x.max()}")

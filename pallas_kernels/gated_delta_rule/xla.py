@@ -27,7 +27,7 @@ from pallas_kernels.gated_delta_rule.chunks import Weights
 from pallas_kernels.gated_delta_rule.triangular import unit_lower_inverse
 
 _FEW = 8  # tokens that are cheaper one by one
-_SPAN = 8  # chunks
+_SPAN = 4  # chunks
 
 
 def gated_delta_rule(q, k, v, beta, decay, *, scale, initial_state, segments, output_final_state,
