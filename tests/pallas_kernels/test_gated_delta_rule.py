@@ -12,7 +12,6 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels.gated_delta_rule import gated_delta_rule
 from pallas_kernels.gated_delta_rule.triangular import unit_lower_inverse
 
-
 op = jax.jit(gated_delta_rule, static_argnames=(
     "scale", "output_final_state", "l2_norm", "chunk_size", "implementation"))
 with_state = functools.partial(op, output_final_state=True)
