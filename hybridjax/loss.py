@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from hybridjax.models.decoder import Decoder
-from hybridjax.sharding import ways
+from hybridjax.sharding import place, ways
 
 SLICE = 2**24  # logits per device that may exist at once
 
@@ -37,7 +37,10 @@ def next_token_loss(
         total = jnp.sum(weights * (nats + z_loss * jnp.square(log_z)))
         return total, nats, hit.astype(jnp.float32)
 
-    count = _slices(h.shape[0] // ways("batch") * h.shape[1] // ways("length"), h.shape[1], model)
+    # As the stream is: a choice of each token's logit would else be made on every device for all.
+    targets, weights = (place(x, "batch", "length") for x in (targets, weights))
+    batch, length = targets.shape
+    count = _slices(batch // ways("batch", batch), length // ways("length", length), model)
     if count == 1:
         return loss(h, targets, weights)
 
@@ -58,8 +61,9 @@ def _pick(logits: Float[Array, "B T vocab"], targets: Int[Array, "B T"]) -> Floa
     return jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
 
 
-def _slices(tokens: int, length: int, model: Decoder) -> int:
-    """The smallest number of equal slices of the length that keeps each below `SLICE` logits."""
-    wanted = math.ceil(tokens * model.embedding.table.shape[0] / ways("vocab") / SLICE)
-    local = length // ways("length")
-    return next((n for n in range(wanted, local) if local % n == 0), local)
+def _slices(batch: int, length: int, model: Decoder) -> int:
+    """The smallest number of equal slices of a device's `length` tokens of each row that keeps
+    each below `SLICE` logits."""
+    vocab = model.embedding.table.shape[0]
+    wanted = math.ceil(batch * length * vocab / ways("vocab", vocab) / SLICE)
+    return next((n for n in range(wanted, length) if length % n == 0), length)

@@ -47,7 +47,10 @@ class ShardingRules:
             names = tuple(n for n in names if mesh.shape[n] > 1)
             ways = math.prod(mesh.shape[n] for n in names)
             if size % ways:
-                _warn_once(f"axis {axis} of size {size} is replicated: {ways} does not divide it")
+                if size > 1:  # one token, as in decoding, is not meant to be split
+                    _warn_once(
+                        f"axis {axis} of size {size} is replicated: {ways} does not divide it"
+                    )
                 names = ()
             if used & set(names):
                 raise ValueError(f"axes {tuple(axes)} put two dimensions on mesh axis {names}")
@@ -146,7 +149,17 @@ def over_mesh(
     return call
 
 
-def ways(axis: str) -> int:
-    """Over how many devices the mesh that is set lays a logical axis; 1 without a mesh."""
+def ways(axis: str, size: int | None = None) -> int:
+    """Over how many devices the mesh that is set lays a logical axis; 1 without a mesh.
+
+    Given its size, 1 too where they do not divide it, for then it is replicated.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else math.prod(mesh.shape[n] for n in getattr(RULES, axis))
+    count = 1 if mesh.empty else math.prod(mesh.shape[n] for n in getattr(RULES, axis))
+    return 1 if size is not None and size % count else count
+
+
+def context_axis(length: int) -> str | None:
+    """The mesh axis over which rows of this length are split; None where they are whole."""
+    spec = current_spec(("length",), (length,))
+    return None if spec is None else spec[0]

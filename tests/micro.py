@@ -1,9 +1,13 @@
 """A config file for tests: hypenet's tiny preset, small enough to train in seconds."""
 
+import grain
+import numpy as np
 from ml_collections import ConfigDict
 
 from configs import hypenet
 from hybridjax.config import choose
+from hybridjax.data.sources import encode, text_document
+from hybridjax.data.text import documents
 
 
 def micro() -> ConfigDict:
@@ -32,3 +36,17 @@ def constant() -> ConfigDict:
 
 def get_config(arg: str | None = None) -> ConfigDict:
     return choose(arg, {"micro": micro, "constant": constant})
+
+
+class Snippets:
+    """Documents of 3 to 40 bytes of the embedded text, of which the last four are to be learnt."""
+
+    def __init__(self, tokenizer, seq_len, split, seed):
+        ids = encode(tokenizer, documents(split)[0])
+        ends = np.cumsum(np.random.default_rng(seed).integers(3, 41, size=200))
+        self.documents = [text_document(part) for part in np.split(ids, ends)[:-1]]
+        for document in self.documents:
+            document["loss_weights"][:-4] = 0
+
+    def dataset(self, shard=slice(None)):
+        return grain.MapDataset.source(self.documents)[shard]

@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 
 from hybridjax import loss
+from hybridjax.config import MeshConfig
+from hybridjax.layers.embedding import head_logits
 from hybridjax.loss import next_token_loss
+from hybridjax.sharding import make_mesh, place
 
 
 class Head:
@@ -15,7 +18,7 @@ class Head:
         self.embedding = self
 
     def logits(self, h):
-        return jnp.einsum("btd,vd->btv", h, self.table, preferred_element_type=jnp.float32)
+        return head_logits(h, self.table.T)
 
 
 def arguments(rng, batch=2, length=12, width=8, vocab=40):
@@ -58,6 +61,19 @@ def test_slices_change_neither_values_nor_gradients(rng, monkeypatch, limit):
         whole,
         jax.jit(lambda *a: value_and_grad(*a))(*args),
     )
+
+
+@pytest.mark.parametrize("length", (24, 18), ids=("rows split", "rows that 4 do not divide"))
+def test_slices_of_rows_split_over_devices(rng, monkeypatch, length):
+    args = (*arguments(rng, length=length), 0.01)
+    expected = value_and_grad(*args)
+    monkeypatch.setattr(loss, "SLICE", 100)
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, context=4))):
+        h, table, *rest = args
+        args = (place(h, "batch", "length", None), place(table, None, None), *rest)
+        found = jax.device_get(jax.jit(lambda *a: value_and_grad(*a))(*args))
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+    jax.tree.map(close, found, expected)
 
 
 def test_the_logits_of_a_large_vocabulary_never_exist(monkeypatch):

@@ -1,8 +1,12 @@
 """The table of axes; the train step on eight devices; every preset on 256 that do not exist."""
 
+import dataclasses
+import functools
 import importlib
+import itertools
 import logging
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +17,12 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
-from hybridjax import sharding
+from hybridjax import generate, sharding
 from hybridjax.config import MeshConfig, UserError, typed
 from hybridjax.data.pipeline import make_loader
+from hybridjax.data.sources import source
+from hybridjax.evals import heldout
+from hybridjax.mixers.base import Context
 from hybridjax.optimizer import make_optimizer
 from hybridjax.sharding import MESH_AXES, RULES, make_mesh
 from hybridjax.train import make_train_step, new_model, new_state, put_batch
@@ -52,6 +59,24 @@ def test_a_size_that_does_not_divide_is_replicated_with_one_warning(caplog):
         assert RULES.spec((None, "heads"), (8, 8), mesh) == P(None, "tensor")
     lines = [record.getMessage() for record in caplog.records]
     assert lines == ["axis heads of size 6 is replicated: 4 does not divide it"]
+
+
+def test_one_token_is_replicated_without_a_warning(caplog):
+    sharding._warn_once.cache_clear()
+    with caplog.at_level(logging.WARNING, "hybridjax"):
+        assert RULES.spec(("batch", "length"), (8, 1), abstract_mesh(context=8)) == P(None, None)
+    assert not caplog.records
+
+
+def test_the_axis_over_which_rows_are_split():
+    assert sharding.context_axis(64) is None
+    with jax.sharding.use_abstract_mesh(abstract_mesh(data=2, context=4)):
+        lengths = {length: sharding.context_axis(length) for length in (64, 62, 1)}
+        parts = {length: sharding.ways("length", length) for length in lengths}
+    assert lengths == {64: "context", 62: None, 1: None}
+    assert parts == {64: 4, 62: 1, 1: 1}
+    with jax.sharding.use_abstract_mesh(abstract_mesh(data=8)):
+        assert sharding.context_axis(64) is None
 
 
 MESHES = {
@@ -202,6 +227,129 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(devices):
     )
 
 
+# ---------------------------------------------------------------- rows split over devices
+
+LENGTH = 64
+
+
+def packed(layers):
+    """Rows of several documents with padding behind, besides rows of one. Few tokens have much
+    weight, so that the order in which their losses are summed shows less than 1e-6."""
+    sources = dict(snippets=source("micro:Snippets"))
+    data = dict(tokenizer="bytes", sources=sources, packing="best_fit")
+    return tiny(model=dict(layers=layers), data=data, seq_len=LENGTH, steps=10)
+
+
+def test_documents_cross_the_borders_of_devices():
+    segments = np.concatenate([batch["segments"] for batch in batches(packed("L"), 10)])
+    several = segments.max(axis=1) > 1
+    for part in (LENGTH // devices for devices in (2, 4, 8)):
+        before, behind = segments[:, part - 1 : -1 : part], segments[:, part::part]
+        assert np.any((before == behind) & (before > 0) & several[:, None])
+    assert 0 < np.sum(several) < len(several) and np.any(segments == 0)
+
+
+SPLIT = {
+    "context": MeshConfig(data=1, context=8),
+    "data, tensor, context": MeshConfig(data=2, tensor=2, context=2),
+    "fsdp, context": MeshConfig(data=1, fsdp=2, context=4),
+    "data, context": MeshConfig(data=2, context=4),
+    "tensor, context": MeshConfig(data=1, tensor=2, context=4),
+    "data, fsdp, context": MeshConfig(data=2, fsdp=2, context=2),
+    "fsdp, tensor, context": MeshConfig(data=1, fsdp=2, tensor=2, context=2),
+    "more data, context": MeshConfig(data=4, context=2),
+    "more fsdp, context": MeshConfig(data=1, fsdp=4, context=2),
+    "more tensor, context": MeshConfig(data=1, tensor=4, context=2),
+    "no context": MeshConfig(data=2, fsdp=2, tensor=2),
+}
+DEFAULT = ("context", "data, tensor, context", "fsdp, context")
+
+
+@pytest.mark.parametrize("layers", ("LL",))
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param(mesh, id=name, marks=() if name in DEFAULT else pytest.mark.slow)
+        for name, mesh in SPLIT.items()
+    ],
+)
+def test_ten_steps_with_rows_split_over_devices(mesh, layers):
+    losses, gradients = ten_steps(layers, make_mesh(mesh))
+    expected, expected_gradients = ten_steps_alone(layers)
+    assert abs(losses[0] / expected[0] - 1) < 1e-6
+    assert abs(losses[-1] / expected[-1] - 1) < 1e-4
+    far = jax.tree.map(distance, gradients, expected_gradients)
+    assert max(jax.tree.leaves(far)) < 1e-5, far
+
+
+@functools.cache
+def ten_steps_alone(layers):
+    return ten_steps(layers, make_mesh(MeshConfig(), jax.devices()[:1]))
+
+
+def ten_steps(layers, mesh):
+    """The losses, and the gradients of the first step."""
+    config, gradients = packed(layers), None
+    with jax.set_mesh(mesh):
+        optimizer = optax.chain(optax.trace(decay=0), optimizer_of(config))  # keeps the gradient
+        state = jax.jit(lambda: new_state(config, optimizer))()
+        step, losses = make_train_step(optimizer, config), []
+        for batch in batches(config, 10):
+            state, scalars = step(state, put_batch(batch))
+            losses.append(float(scalars["loss"]))
+            gradients = gradients or jax.device_get(state.opt_state[0].trace)
+    return losses, gradients
+
+
+def distance(x, y):
+    """Root mean square of the difference, relative to y's."""
+    return np.sqrt(np.mean((x - y) ** 2) / np.mean(y**2))
+
+
+@pytest.mark.parametrize("layers", ("LL",))
+def test_measuring_and_generating_with_rows_split_over_devices(rng, layers):
+    """Of lengths that 8 devices divide and do not, and of prompts that end anywhere."""
+    config = packed(layers)
+    rows = rng.integers(1, 256, size=(1, 1 + LENGTH)).astype(np.int32)
+    prompts = [rng.integers(1, 256, size=n).astype(np.int32) for n in (29, 11)]
+
+    def results(model):
+        nats = []
+        for length in (LENGTH, LENGTH - 4):
+            ctx = Context.of_rows(rows[:, :length], logit_base=jnp.float32(8))
+            nats.append(heldout._nats(model, rows[:, : length + 1], ctx))
+        state = generate.new_state(model, len(prompts), LENGTH)
+        prefix = generate.prefill(model, prompts, state, piece=16)
+        logits = np.asarray(prefix[1])
+        greedy = functools.partial(generate.sample, temperature=0.0)
+        words = generate.decode(model, prefix, jax.random.key(0), greedy)
+        return [*map(np.asarray, nats), logits, *itertools.islice(words, 3)]
+
+    expected = results(new_model(config))
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, context=8))):
+        found = results(jax.jit(lambda: new_model(config))())
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+def test_no_device_holds_a_whole_row():
+    """In the program of a train step: no array is as long as a row, and none is gathered."""
+    config = packed("LLLL")
+    mesh = make_mesh(MeshConfig(data=1, context=8))
+    config = dataclasses.replace(config, seq_len=8 * 72, batch_size=1)  # no other size is n * 576
+    with jax.set_mesh(mesh):
+        optimizer = optimizer_of(config)
+        state = jax.eval_shape(lambda: new_state(config, optimizer))
+        program = make_train_step(optimizer, config).lower(state, batch_of(config, mesh))
+        text = program.compile().as_text()
+    shapes = {shape for shape in re.findall(r"\b[a-z]+\d*\[([\d,]+)\]", text)}
+    sizes = {int(size) for shape in shapes for size in shape.split(",")}
+    assert 72 in sizes and not {size for size in sizes if size and size % config.seq_len == 0}
+    assert "collective-permute" in text and "all-to-all" not in text
+    gathered = re.findall(r"= (\w+)\[[^=]* all-gather\(", text)
+    assert set(gathered) == {"s32"}  # the documents at the borders
+
+
 # ---------------------------------------------------------------- 256 devices
 
 FILES = [p.stem for p in sorted(pathlib.Path("configs").glob("[!_]*.py"))]
@@ -214,6 +362,8 @@ LARGE = {
     "data, tensor": dict(data=64, tensor=4),
     "fsdp": dict(fsdp=256),
     "data, fsdp, tensor": dict(data=4, fsdp=16, tensor=4),
+    "data, context": dict(data=32, context=8),
+    "fsdp, tensor, context": dict(fsdp=16, tensor=4, context=4),
 }
 
 
@@ -232,10 +382,7 @@ def test_every_preset_type_checks_on_256_devices(file, preset, mesh):
     with jax.sharding.use_abstract_mesh(abstract_mesh(**mesh)):
         optimizer = optimizer_of(config)
         state = jax.eval_shape(lambda: new_state(config, optimizer))
-        batch = {
-            name: _row(config, jnp.float32 if name == "loss_weights" else jnp.int32)
-            for name in ("tokens", "targets", "loss_weights", "segments", "positions", "answers")
-        }
+        batch = batch_of(config, jax.sharding.get_abstract_mesh())
         after, scalars = jax.eval_shape(make_train_step(optimizer, config), state, batch)
     placed = lambda x: (x.shape, x.dtype, x.ndim and x.sharding)
     assert list(map(placed, jax.tree.leaves(after))) == list(map(placed, jax.tree.leaves(state)))
@@ -245,8 +392,12 @@ def test_every_preset_type_checks_on_256_devices(file, preset, mesh):
     assert scalars["loss"].shape == ()
 
 
-def _row(config, dtype):
+def batch_of(config, mesh):
+    """The shapes and places of a batch."""
     shape = (config.batch_size, config.seq_len)
-    spec = sharding.current_spec(("batch", "length"), shape)
-    placed = jax.NamedSharding(jax.sharding.get_abstract_mesh(), spec)
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+    placed = jax.NamedSharding(mesh, sharding.current_spec(("batch", "length"), shape))
+    dtypes = dict.fromkeys(("tokens", "targets", "segments", "positions", "answers"), jnp.int32)
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+        for name, dtype in (dtypes | {"loss_weights": jnp.float32}).items()
+    }

@@ -16,7 +16,7 @@ from hybridjax.layers.linear import repeat_heads
 from hybridjax.layers.norm import RMSNorm
 from hybridjax.layers.qkv import QKV, GatedOutput
 from hybridjax.mixers.base import Context, Mixer, new_length, place_state, state, state_field
-from hybridjax.sharding import over_mesh
+from hybridjax.sharding import context_axis, over_mesh
 from pallas_kernels.linear_attention import linear_attention
 from pallas_kernels.linear_attention.decay import alibi_slopes
 
@@ -72,18 +72,19 @@ class Lightning(Mixer):
         q, k, v = self.qkv(x, ctx.positions)
         group = self.heads // self.kv_heads
         k, v = repeat_heads(k, group), repeat_heads(v, group)
-        in_heads, in_state = ("batch", None, "heads", None), ("batch", "heads", None, None)
+        in_heads, in_state = ("batch", "length", "heads", None), ("batch", "heads", None, None)
+        axis = context_axis(x.shape[1])
         state_shape = (x.shape[0], self.heads, self.head_dim, self.head_dim)
 
         def kernel(q, k, v, decay, segments, initial_state):
             return linear_attention(
                 q, k, v, decay, segments=segments, initial_state=initial_state,
-                output_final_state=True,
+                output_final_state=True, context_axis=axis,
             )  # fmt: skip
 
         o, final_state = over_mesh(
             kernel,
-            in_axes=(in_heads,) * 3 + (("heads",), ("batch", None), in_state),
+            in_axes=(in_heads,) * 3 + (("heads",), ("batch", "length"), in_state),
             out_axes=((in_heads, q.shape), (in_state, state_shape)),
         )(q, k, v, -alibi_slopes(self.heads), ctx.segments, initial_state)
 

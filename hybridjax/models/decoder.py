@@ -146,6 +146,7 @@ class Decoder(nnx.Module):
         """
         positions = state.length[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         segments = jnp.ones_like(tokens) if segments is None else segments
+        positions, segments = (place(x, "batch", "length") for x in (positions, segments))
         ctx = Context(positions, segments, logit_base)
         h = self.embedding(tokens, jnp.dtype(self.dtype))
 

@@ -5,6 +5,7 @@ per token, Gated Linear Attention (Yang et al., 2023, https://arxiv.org/abs/2312
 with one gate per head.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Dispatch
+from pallas_kernels.linear_attention.context import split_linear_attention
 
 _dispatch = Dispatch("linear_attention", __name__, names=("reference", "xla"), best={})
 
@@ -28,6 +30,7 @@ def linear_attention(
     segments: Int[Array, "B T"] | None = None,
     output_final_state: bool = False,
     chunk_size: int | None = None,
+    context_axis: str | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"] | None]:
     """`S_t = exp(decay_t) S_{t-1} + k_t v_t^T`, `o_t = scale * q_t S_t`, in f32.
@@ -41,6 +44,9 @@ def linear_attention(
         new document begins. Padding leaves the state as it is, and its outputs are 0.
       output_final_state: also return the state after the row's last real token.
       chunk_size: tokens per chunk of the chunked implementations; default: their choice.
+      context_axis: inside shard_map, the mesh axis along which rows are split: q, k, v, segments
+        and a decay per token are this device's contiguous part of T; the states are those of the
+        whole row, the same on every device.
       implementation: None (best for the target platform), a name, or names to try in order.
 
     Returns:
@@ -50,11 +56,14 @@ def linear_attention(
     decay = decay if isinstance(decay, (np.ndarray, jax.Array)) else np.asarray(decay)
     _check_shapes(q, k, v, decay, initial_state, segments)
     _check_values(decay, chunk_size)
-    o, state = _dispatch(
-        implementation, q, k, v, decay,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale, initial_state=initial_state,
-        segments=segments, output_final_state=output_final_state, chunk_size=chunk_size,
+    op = functools.partial(
+        _dispatch, implementation, scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        chunk_size=chunk_size,
     )
+    if context_axis is not None:
+        op = functools.partial(split_linear_attention, op, context_axis)
+    o, state = op(q, k, v, decay, initial_state=initial_state, segments=segments,
+                  output_final_state=output_final_state)
     return o, state if output_final_state else None
 
 

@@ -186,12 +186,21 @@ MESHES = {
     "fsdp": MeshConfig(data=1, fsdp=8),
     "tensor": MeshConfig(data=2, tensor=4),
     "all": MeshConfig(data=2, fsdp=2, tensor=2),
+    "context": MeshConfig(data=1, context=8),
+    "data, context": MeshConfig(data=2, context=4),
+    "data, tensor, context": MeshConfig(data=2, tensor=2, context=2),
 }
 
 
-@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES.keys())
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param(mesh, id=name, marks=pytest.mark.slow if name == "data, context" else ())
+        for name, mesh in MESHES.items()
+    ],
+)
 def test_5_sharded_is_unsharded(mixer, rng, mesh):
-    segments, positions, _ = packed([20, 30], mixer.align)
+    segments, positions, _ = packed([20, 44], mixer.align)  # across the borders of 8 devices
     batch = lambda a: jnp.broadcast_to(a, (8, a.shape[1]))
     segments, positions = batch(segments), batch(positions)
     x = stream(rng, 8, segments.shape[1])
