@@ -28,9 +28,9 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """The transformation that turns a gradient of `model` into its update.
 
-    AdamW decays matrices, but no norms, biases or embedding tables (a row of a rare token would
-    shrink without ever being seen). Muon orthogonalises and decays every matrix, the embedding and
-    the head included; everything else is left to Adam.
+    AdamW decays matrices, but no norms, biases, filters of depthwise convolutions or embedding
+    tables (a row of a rare token would shrink without ever being seen). Muon orthogonalises and
+    decays every matrix, the embedding and the head included; everything else is left to Adam.
 
     Args:
       steps: the length of the run, on which the schedule depends.
@@ -103,7 +103,7 @@ def _adamw(optimizer: OptimizerConfig, learning_rate: Callable, axes: Mapping):
         b2=optimizer.b2,
         eps=optimizer.eps,
         weight_decay=optimizer.weight_decay,
-        mask={path: len(a) >= 2 and a[0] != "vocab" for path, a in axes.items()},
+        mask={path: _is_matrix(a) and a[0] != "vocab" for path, a in axes.items()},
     )
 
 
@@ -117,10 +117,15 @@ def _muon(optimizer: OptimizerConfig, learning_rate: Callable, axes: Mapping):
         adam_b1=optimizer.b1,
         adam_b2=optimizer.b2,
         muon_weight_dimension_numbers={
-            path: matrix if len(a) >= 2 else None for path, a in axes.items()
+            path: matrix if _is_matrix(a) else None for path, a in axes.items()
         },
     )
     return _sharded_by_compiler(muon)
+
+
+def _is_matrix(axes: tuple[str | None, ...]) -> bool:
+    """Whether it maps vectors to vectors; a depthwise convolution is one filter per channel."""
+    return len(axes) >= 2 and "taps" not in axes
 
 
 _ALGORITHMS = {"adamw": _adamw, "muon": _muon}

@@ -31,6 +31,7 @@ class ShardingRules:
     heads: tuple[str, ...] = ("tensor",)
     mlp: tuple[str, ...] = ("tensor",)
     vocab: tuple[str, ...] = ("tensor",)
+    taps: tuple[str, ...] = ()  # of a convolution
 
     def spec(self, axes: Sequence[str | None], shape: Sequence[int], mesh) -> P:
         """The partition of an array with these logical axes and this shape.

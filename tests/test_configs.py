@@ -81,3 +81,12 @@ def test_from_scratch_500m_is_the_papers():
     assert (optimizer.learning_rate, optimizer.final_learning_rate) == (5e-4, 5e-5)
     assert (optimizer.schedule, optimizer.weight_decay) == ("wsd", 0.1)
     assert 0.5e9 < parameters(config) < 0.7e9
+
+
+def test_qwen3_next_shape_has_the_published_layers():
+    model = load("gdn", "qwen3-next-shape").model
+    assert (model.layers, model.width, model.vocab) == ("GGGA" * 12, 2048, 151936)
+    linear, full = (dict(model.blocks[letter].mixers[0]) for letter in "GA")
+    names = ("heads", "value_heads", "head_dim", "value_dim", "convolution")
+    assert [linear[name] for name in names] == [16, 32, 128, None, 4]
+    assert [full[name] for name in ("heads", "kv_heads", "head_dim")] == [16, 2, 256]

@@ -199,6 +199,28 @@ def test_muon_of_a_stack_is_muon_of_its_layers(model):
             np.testing.assert_allclose(a, b[i], atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_filters_of_a_depthwise_convolution_are_adams_and_do_not_decay(name):
+    """Muon would give all of a kernel's singular values one size: its rows are no linear map."""
+
+    class Filters(nnx.Module):
+        def __init__(self, key):
+            self.up = nnx.Param(jax.random.normal(key, (8, 4)), axes=("embed", "mlp"))
+            self.filters = nnx.Param(jax.random.normal(key, (8, 4)), axes=("heads", "taps"))
+
+    model = Filters(jax.random.key(0))
+    optimizer = config(name=name, schedule="constant", weight_decay=0.1, clip=0.0)
+    tx = make_optimizer(optimizer, 10, model)
+    still, _ = tx.update(jax.tree.map(jnp.zeros_like, model), tx.init(model), model)
+    assert by_path(still)["up/value"].any() and not by_path(still)["filters/value"].any()
+    gradient = normal_like(model, 1)
+    updates, _ = tx.update(gradient, tx.init(model), model)
+    filters = by_path(updates)["filters/value"]
+    # Adam's: all entries of the first update have one size.
+    np.testing.assert_allclose(np.abs(filters), np.abs(filters).max(), rtol=1e-4)
+    np.testing.assert_array_equal(np.sign(filters), -np.sign(by_path(gradient)["filters/value"]))
+
+
 # ---------------------------------------------------------------- meshes
 
 

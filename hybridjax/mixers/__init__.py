@@ -6,6 +6,7 @@ from hybridjax.config import spec
 
 MIXERS = {
     "attention": "hybridjax.mixers.attention:Attention",
+    "gated_deltanet": "hybridjax.mixers.gated_deltanet:GatedDeltaNet",
     "lightning": "hybridjax.mixers.lightning:Lightning",
     "choice": "hybridjax.mixers.choice:Choice",
 }

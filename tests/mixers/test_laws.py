@@ -30,6 +30,10 @@ TABLE = {
         "lightning",
         HEADS | dict(qk_norm=False, gate=False, output_norm=False),
     ),
+    "gated-deltanet": (  # its other options are held to Qwen3-Next's layer
+        "gated_deltanet",
+        dict(heads=2, head_dim=16, value_heads=4, value_dim=8, convolution=3),
+    ),
 }
 TOLERANCE = 2e-5  # of f32 outputs of size one
 

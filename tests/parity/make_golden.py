@@ -2,9 +2,10 @@
 
     python tests/parity/make_golden.py --hypenet=PATH/hybrid-linear-attention
 
-Qwen3 is that of `transformers`. HypeNet is the authors' code (thunlp/hybrid-linear-attention), run
-from a clone on the CPU: its two kernels are replaced by the recurrence they stand for, and its
-cast of scaled queries to bfloat16 is undone. Both need the `parity` extra and einops.
+Qwen3 and Qwen3-Next's linear layer are those of `transformers`. HypeNet is the authors' code
+(thunlp/hybrid-linear-attention), run from a clone on the CPU: its two kernels are replaced by the
+recurrence they stand for, and its cast of scaled queries to bfloat16 is undone. Both need the
+`parity` extra and einops.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import sys
 import types
 
 import numpy as np
+import qwen3_next
 from named_weights import Sizes, random_weights
 
 HERE = pathlib.Path(__file__).parent
@@ -28,6 +30,7 @@ def main():
     clone = parser.parse_args().hypenet
     rng = np.random.default_rng(0)
     write("qwen3", QWEN3, rng, lambda weights: {"": qwen3_with(QWEN3, weights)})
+    write_qwen3_next(np.random.default_rng(0))
     if clone:
         package = clone / "halo/modeling/hypenet"
         write(
@@ -52,6 +55,27 @@ def write(name, sizes, rng, models):
     halves = {name: x.astype(np.float16) for name, x in weights.items()}
     path = HERE / f"{name}.npz"
     np.savez_compressed(path, tokens=tokens.astype(np.int32), **logits, **halves)
+    print(f"{path}: {path.stat().st_size:,} bytes")
+
+
+def write_qwen3_next(rng):
+    """The layer, and the rule alone: arguments by their name, results of both of its forms."""
+    import torch
+
+    weights = qwen3_next.random_weights(qwen3_next.Sizes(), rng)
+    x = rng.normal(size=(2, LENGTH, qwen3_next.Sizes().width)).astype(np.float32)
+    arrays = qwen3_next.rule_arrays(rng, LENGTH)
+    results = {}
+    with torch.no_grad():
+        y = qwen3_next.layer_with(qwen3_next.Sizes(), weights)(torch.tensor(x)).numpy()
+        for form in ("chunk", "recurrent"):
+            tensors = {name: torch.tensor(a) for name, a in arrays.items()}
+            o, state = qwen3_next.their_rule(form, **tensors)
+            results |= {f"rule {form} o": o.numpy(), f"rule {form} state": state.numpy()}
+    layer = {f"layer {name}": w.astype(np.float16) for name, w in weights.items()}
+    rule = {f"rule {name}": a for name, a in arrays.items()}
+    path = HERE / "qwen3_next.npz"
+    np.savez_compressed(path, x=x, y=y, **layer, **rule, **results)
     print(f"{path}: {path.stat().st_size:,} bytes")
 
 

@@ -1,0 +1,70 @@
+"""Short depthwise convolution over the past, as before linear attention and state-space layers.
+
+`y_t = sum_w kernel[:, w] x_{t - W + 1 + w}` (Mamba, Gu & Dao, 2023,
+https://arxiv.org/abs/2312.00752, section 3.4, whose `conv1d.weight` is `kernel[:, None]`).
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.dispatch import Dispatch
+
+_dispatch = Dispatch("causal_convolution", __name__, names=("reference", "xla"), best={})
+
+
+def causal_convolution(
+    x: Float[Array, "B T D"],
+    kernel: Float[Array, "D W"],
+    *,
+    initial_state: Float[Array, "B W-1 D"] | None = None,
+    segments: Int[Array, "B T"] | None = None,
+    output_final_state: bool = False,
+    implementation: str | Sequence[str] | None = None,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B W-1 D"] | None]:
+    """Each channel's last W inputs, weighted; the last column of the kernel is of the newest.
+
+    Decoding is the same function with T = 1 and the state.
+
+    Args:
+      initial_state: the W - 1 inputs before the row's first document, newest last; default zero.
+      segments: document ids, each one contiguous run; 0 = padding. No document sees another.
+        Padding leaves the state as it is, and its outputs are 0.
+      output_final_state: also return the inputs up to the row's last real token.
+      implementation: None (best for the target platform), a name, or names to try in order.
+
+    Returns:
+      The outputs in x's dtype, summed in f32, and the state in x's dtype (None unless asked for).
+    """
+    x, kernel = jnp.asarray(x), jnp.asarray(kernel)
+    _check_shapes(x, kernel, initial_state, segments)
+    y, state = _dispatch(
+        implementation, x, kernel, initial_state=initial_state, segments=segments,
+        output_final_state=output_final_state,
+    )
+    return y, state if output_final_state else None
+
+
+def _check_shapes(x, kernel, initial_state, segments):
+    if x.ndim != 3 or kernel.ndim != 2:
+        raise ValueError(f"x must have rank 3 and kernel rank 2, [B, T, D] and [D, W], got "
+                         f"{list(x.shape)} and {list(kernel.shape)}")
+    (B, T, D), W = x.shape, kernel.shape[1]
+    if T == 0 or W == 0:
+        raise ValueError(f"T and W must be at least 1, got {T} and {W}")
+    expected = {
+        "x": (x, (B, T, D)),
+        "kernel": (kernel, (D, W)),
+        "initial_state": (initial_state, (B, W - 1, D)),
+        "segments": (segments, (B, T)),
+    }
+    for name, (array, shape) in expected.items():
+        if array is None:
+            continue
+        if array.shape != shape:
+            raise ValueError(f"{name} must be {list(shape)} for x {list(x.shape)} and "
+                             f"kernel {list(kernel.shape)}, got {list(array.shape)}")
+        if not jnp.issubdtype(array.dtype, jnp.integer if name == "segments" else jnp.floating):
+            kind = "integers" if name == "segments" else "floating point"
+            raise ValueError(f"{name} must be {kind}, got {array.dtype}")

@@ -1,0 +1,77 @@
+"""Rows cut into chunks, and what decay and documents contribute to each chunk.
+
+Chunks come in spans: a layout [S, n, B, H, C, ...] has S spans of n chunks of C tokens.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+
+class Documents(NamedTuple):
+    """Which document each token belongs to, and whose state enters and leaves each chunk."""
+
+    tokens: Int[Array, "*S B 1 C"]
+    before: Int[Array, "*S B 1 1"]
+    after: Int[Array, "*S B 1 1"]
+
+
+class Weights(NamedTuple):
+    """Decay from one place of a chunk to another; 0 where a document ends between them."""
+
+    intra: Float[Array, "*S B H C C"]  # from token j to token i >= j
+    read: Float[Array, "*S B H C 1"]  # from the incoming state to a token
+    write: Float[Array, "*S B H C 1"]  # from a token to the outgoing state
+    keep: Float[Array, "*S B H 1 1"]  # from the incoming state to the outgoing one
+
+
+def cut(x: Array, n: int, C: int) -> Array:
+    """[B, T, H, ...] -> [S, n, B, H, C, ...]; T padded with zeros."""
+    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % (n * C))] + [(0, 0)] * (x.ndim - 2))
+    x = x.reshape(x.shape[0], -1, n, C, *x.shape[2:])
+    return x.transpose(1, 2, 0, 4, 3, *range(5, x.ndim))
+
+
+def joined(x: Array, T: int) -> Array:
+    """The inverse of `cut`, for a row of T tokens."""
+    x = x.transpose(2, 0, 1, 4, 3, *range(5, x.ndim))
+    return x.reshape(x.shape[0], -1, *x.shape[4:])[:, :T]
+
+
+def documents(segments: Int[Array, "B T"], n: int, C: int) -> Documents:
+    """A state belongs to the last document seen; before any was seen, to the row's first."""
+    B, T = segments.shape
+    row = jnp.pad(segments, [(0, 0), (0, -T % (n * C))])
+    real = row != 0
+    latest = jax.lax.cummax(jnp.where(real, np.arange(row.shape[1]), -1), axis=1)[:, C - 1 :: C]
+    first = jnp.argmax(real, axis=1)[:, None]
+    after = jnp.take_along_axis(row, jnp.where(latest < 0, first, latest), axis=1)
+    first = jnp.take_along_axis(row, first, axis=1)
+    before = jnp.concatenate([first, after[:, :-1]], axis=1)
+    per_chunk = lambda x: x.T.reshape(-1, n, B, 1, 1)
+    return Documents(cut(row[..., None], n, C), per_chunk(before), per_chunk(after))
+
+
+def weights(decay: Float[Array, "*S B H C"], documents: Documents | None) -> Weights:
+    """Every exponent is a sum of log decays <= 0, and is masked before it is taken."""
+    if documents is not None:
+        decay = jnp.where(documents.tokens != 0, decay, 0)
+    # Integers add up exactly, so that after a strong decay weak ones keep their digits.
+    whole = jnp.round(decay)
+    sums = [jnp.cumsum(x, axis=-1) for x in (whole, decay - whole)]
+    between = sum(x[..., :, None] - x[..., None, :] for x in sums)
+    intra = jnp.exp(jnp.where(np.tri(decay.shape[-1], dtype=bool), between, -jnp.inf))
+    read, write = jnp.exp(sum(sums)), jnp.exp(sum(x[..., -1:] - x for x in sums))
+    keep = read[..., -1:]
+    if documents is not None:
+        tokens, before, after = documents
+        real = tokens != 0
+        same = (tokens[..., :, None] == tokens[..., None, :]) & real[..., None]
+        intra = jnp.where(same, intra, 0)
+        read = jnp.where(real & (tokens == before), read, 0)
+        write = jnp.where(real & (tokens == after), write, 0)
+        keep = jnp.where(before == after, keep, 0)
+    return Weights(intra, read[..., None], write[..., None], keep[..., None])
