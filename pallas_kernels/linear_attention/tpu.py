@@ -50,11 +50,20 @@ class Plan:
 
     # Rows of the array of weights: a group of `heads` each, one for the documents' first tokens.
     def row(self, name, head=0):
-        return ("read", "write", "keep", "total").index(name) * self.heads + head
+        return self._groups.index(name) * self.heads + head
+
+    @property
+    def _groups(self):
+        return ("read", "write", "keep", *["total"] * self.token_decay, "first")
 
     @property
     def rows(self):
-        return (4 if self.token_decay else 3) * self.heads + self.packed
+        return self.row("first") + self.packed
+
+    @property
+    def weights(self):
+        """The number of arrays of weights."""
+        return 1 if self.token_decay else 2
 
 
 def linear_attention(q, k, v, decay, *, scale, initial_state, segments, output_final_state,
@@ -191,47 +200,86 @@ def _dot(a, b, contract):
                            precision=precision, preferred_element_type=jnp.float32)
 
 
-_NN, _NT, _TN = (1, 0), (1, 1), (0, 0)
+_NN, _NT = (1, 0), (1, 1)
 
 
 class _Chunk:
-    """One chunk of a grid step: the weights of its heads."""
+    """One chunk of a grid step: its part of the arrays, and the weights of its heads.
 
-    def __init__(self, plan, index, rows_ref, intra_ref):
+    Weights are rows (tokens are lanes) or columns (tokens are sublanes, repeated in all lanes).
+    """
+
+    def __init__(self, plan, index, rows_ref, columns_ref, intra_ref):
         self.plan, self.intra_ref = plan, intra_ref
+        self.rows, self.columns = rows_ref.at[0, index, 0], columns_ref.at[index]
         self.tokens = slice(index * plan.chunk, (index + 1) * plan.chunk)
-        self.rows = rows_ref[0, index, 0]
-        self.columns = self.rows.T
-        i = lax.broadcasted_iota(jnp.int32, (plan.chunk, plan.chunk), 0)
-        j = lax.broadcasted_iota(jnp.int32, (plan.chunk, plan.chunk), 1)
-        self.inside = j <= i
-        self.before = j < i
-        if plan.packed:
-            self.inside &= j >= self.columns[:, -1:].astype(jnp.int32)
 
-    def of(self, ref, head, width):
-        return ref[0, self.tokens, head * width:(head + 1) * width]
+    def at(self, head, width):
+        return 0, self.tokens, slice(head * width, (head + 1) * width)
 
-    def column(self, name, head):
+    def row(self, name, head):
         at = self.plan.row(name, head)
-        return self.columns[:, at:at + 1]
+        return self.rows[at:at + 1]
+
+    def column(self, name, head, width):
+        column = self.columns[self.plan.row(name, head)]
+        if width <= _LANES:
+            return column[:, :width]
+        return jnp.concatenate([column] * (width // _LANES), axis=1)
+
+    def transposed(self, x, name, head):
+        """x^T with its tokens weighted."""
+        return (x.T * self.row(name, head)).astype(x.dtype)
 
     def keep(self, head):
-        at = self.plan.row("keep", head)
-        return self.rows[at:at + 1, :1]
+        return self.row("keep", head)[:, :1]
 
     def intra(self, head):
-        if self.plan.token_decay:
-            at = self.plan.row("total", head)
-            difference = self.column("total", head) - self.rows[at:at + 1]
-            return self.plan.scale * jnp.exp(jnp.where(self.inside, difference, -jnp.inf))
-        weight = self.intra_ref[head]
-        return jnp.where(self.inside, weight, 0) if self.plan.packed else weight
+        plan, C = self.plan, self.plan.chunk
+        if not plan.token_decay and not plan.packed:
+            return self.intra_ref[head]
+        j = lax.broadcasted_iota(jnp.int32, (C, C), 1)
+        inside = j <= lax.broadcasted_iota(jnp.int32, (C, C), 0)
+        if plan.packed:
+            inside &= j >= self.column("first", 0, C).astype(jnp.int32)
+        if not plan.token_decay:
+            return jnp.where(inside, self.intra_ref[head], 0)
+        difference = self.column("total", head, C) - self.row("total", head)
+        return plan.scale * jnp.exp(jnp.where(inside, difference, -jnp.inf))
+
+
+def _chunks_of_step(plan, names, weights_refs, columns_ref):
+    """The chunks of a grid step, with the weights in `names` turned into columns."""
+    rows_ref, *intra_ref = weights_refs
+    if plan.token_decay:
+        names += ("total",)
+
+    def fill():
+        for index in range(plan.chunks):
+            for name in names:
+                for head in range(plan.heads):
+                    at = plan.row(name, head)
+                    columns_ref[index, at] = _column(rows_ref[0, index, 0, at:at + 1])
+            if plan.packed:
+                at = plan.row("first")
+                columns_ref[index, at] = _column(rows_ref[0, index, 0, at:at + 1])
+
+    step, last = pl.program_id(2), pl.num_programs(2) - 1
+    if plan.token_decay or plan.packed:
+        fill()
+    else:  # only the last block, which may be ragged, differs from the others
+        pl.when((step <= 1) | (step == last))(fill)
+    return [_Chunk(plan, index, rows_ref, columns_ref, *(intra_ref or [None]))
+            for index in range(plan.chunks)]
+
+
+def _column(row):
+    return jnp.broadcast_to(row, (_LANES, row.shape[1])).T
 
 
 def _forward_kernel(plan, K, V, keep_states, *refs):
-    rows_ref, *intra_ref = refs[:1 if plan.token_decay else 2]
-    q_ref, k_ref, v_ref, initial_ref, o_ref, state_ref, *states_ref = refs[1 + len(intra_ref):]
+    weights_refs, refs = refs[:plan.weights], refs[plan.weights:]
+    q_ref, k_ref, v_ref, initial_ref, o_ref, state_ref, *states_ref, columns_ref = refs
 
     @pl.when(pl.program_id(2) == 0)
     def _():
@@ -239,71 +287,72 @@ def _forward_kernel(plan, K, V, keep_states, *refs):
 
     if keep_states:
         states_ref[0][0] = state_ref[...]
-    for index in range(plan.chunks):
-        chunk = _Chunk(plan, index, rows_ref, *(intra_ref or [None]))
+    for chunk in _chunks_of_step(plan, ("read",), weights_refs, columns_ref):
         for head in range(plan.heads):
-            q, k = chunk.of(q_ref, head, K), chunk.of(k_ref, head, K)
-            v = chunk.of(v_ref, head, V)
-            state = state_ref[0, head]
-            p = _dot(q, k, _NT) * chunk.intra(head)
-            o = _dot(p.astype(v.dtype), v, _NN)
-            o += chunk.column("read", head) * _dot(q, state.astype(q.dtype), _NN)
-            o_ref[0, chunk.tokens, head * V:(head + 1) * V] = o.astype(o_ref.dtype)
-            written = (chunk.column("write", head) * v).astype(v.dtype)
-            state_ref[0, head] = chunk.keep(head) * state + _dot(k, written, _TN)
+            at_k, at_v = chunk.at(head, K), chunk.at(head, V)
+            q, k, v, state = q_ref[at_k], k_ref[at_k], v_ref[at_v], state_ref[0, head]
+            p = (_dot(q, k, _NT) * chunk.intra(head)).astype(v.dtype)
+            o = _dot(p, v, _NN)
+            o += chunk.column("read", head, V) * _dot(q, state.astype(q.dtype), _NN)
+            o_ref[at_v] = o.astype(o_ref.dtype)
+            k_written = chunk.transposed(k, "write", head)
+            state_ref[0, head] = chunk.keep(head) * state + _dot(k_written, v, _NN)
 
 
 def _backward_kernel(plan, K, V, decay_gradient, *refs):
-    rows_ref, *intra_ref = refs[:1 if plan.token_decay else 2]
+    weights_refs, refs = refs[:plan.weights], refs[plan.weights:]
     (q_ref, k_ref, v_ref, do_ref, dlast_ref, states_ref,
-     dq_ref, dk_ref, dv_ref, dstate_ref, *refs) = refs[1 + len(intra_ref):]
-    *dtotal_ref, scratch = refs
+     dq_ref, dk_ref, dv_ref, dstate_ref, *dtotal_ref, columns_ref, state_ref) = refs
 
     @pl.when(pl.program_id(2) == 0)
     def _():
         dstate_ref[...] = dlast_ref[...]
 
-    chunks = [_Chunk(plan, index, rows_ref, *(intra_ref or [None])) for index in range(plan.chunks)]
+    chunks = _chunks_of_step(plan, ("read", "write"), weights_refs, columns_ref)
     for head in range(plan.heads):
         state = states_ref[0, 0, head]
-        scratch[0, head] = state.astype(scratch.dtype)
+        state_ref[0, head] = state.astype(state_ref.dtype)
         for index, chunk in enumerate(chunks[:-1]):
-            v = chunk.of(v_ref, head, V)
-            written = (chunk.column("write", head) * v).astype(v.dtype)
-            state = chunk.keep(head) * state + _dot(chunk.of(k_ref, head, K), written, _TN)
-            scratch[index + 1, head] = state.astype(scratch.dtype)
+            k_written = chunk.transposed(k_ref[chunk.at(head, K)], "write", head)
+            state = chunk.keep(head) * state + _dot(k_written, v_ref[chunk.at(head, V)], _NN)
+            state_ref[index + 1, head] = state.astype(state_ref.dtype)
     for index, chunk in reversed(list(enumerate(chunks))):
         for head in range(plan.heads):
-            q, k = chunk.of(q_ref, head, K), chunk.of(k_ref, head, K)
-            v, do = chunk.of(v_ref, head, V), chunk.of(do_ref, head, V)
-            read, write = chunk.column("read", head), chunk.column("write", head)
-            state, dstate = scratch[index, head], dstate_ref[0, head]
-            intra = chunk.intra(head)
-            p = _dot(q, k, _NT) * intra
-            e = _dot(do, v, _NT)
-            moments = e * p if decay_gradient else None
-            p, e = p.astype(q.dtype), (e * intra).astype(q.dtype)
+            at_k, at_v = chunk.at(head, K), chunk.at(head, V)
+            q, k, v, do = q_ref[at_k], k_ref[at_k], v_ref[at_v], do_ref[at_v]
+            state, dstate = state_ref[index, head], dstate_ref[0, head]
+            read, write = (functools.partial(chunk.column, name, head) for name in ("read", "write"))
             narrow = dstate.astype(q.dtype)
-            dq_read = read * _dot(do, state, _NT)
-            dk_write = write * _dot(v, narrow, _NT)
-            dq = dq_read + _dot(e, k, _NN)
-            dk = dk_write + _dot(e, q, _TN)
-            dv = write * _dot(k, narrow, _NN) + _dot(p, do, _TN)
-            dq_ref[0, chunk.tokens, head * K:(head + 1) * K] = dq.astype(dq_ref.dtype)
-            dk_ref[0, chunk.tokens, head * K:(head + 1) * K] = dk.astype(dk_ref.dtype)
-            dv_ref[0, chunk.tokens, head * V:(head + 1) * V] = dv.astype(dv_ref.dtype)
-            kept = chunk.keep(head) * dstate
-            dstate_ref[0, head] = kept + _dot(q, (read * do).astype(q.dtype), _TN)
+            intra = chunk.intra(head)
+            p, e = _dot(q, k, _NT) * intra, _dot(do, v, _NT)
+            moments = p * e if decay_gradient else None
+            p, e = p.astype(q.dtype), (e * intra).astype(q.dtype)
+            dv = _dot(p.T, do, _NN) + write(V) * _dot(k, narrow, _NN)
+            dv_ref[at_v] = dv.astype(dv_ref.dtype)
+            dq_read, dk_write = read(K) * _dot(do, state, _NT), write(K) * _dot(v, narrow, _NT)
+            dq_ref[at_k] = (_dot(e, k, _NN) + dq_read).astype(dq_ref.dtype)
+            dk_ref[at_k] = (_dot(e.T, q, _NN) + dk_write).astype(dk_ref.dtype)
+            dkept = chunk.keep(head) * dstate
+            dstate_ref[0, head] = dkept + _dot(chunk.transposed(q, "read", head), do, _NN)
             if decay_gradient:
-                moments = jnp.where(chunk.before, moments, 0)
-                written = jnp.sum(dk_write * k, axis=1, keepdims=True)
-                read = jnp.sum(dq_read * q, axis=1, keepdims=True)
-                column = jnp.sum(moments, axis=1, keepdims=True) + read - written
-                end = jnp.sum(written) + jnp.sum(kept * state)
-                row = -jnp.sum(moments, axis=0, keepdims=True)
-                row += jnp.broadcast_to(column, (plan.chunk, _LANES)).T[:1]
-                last = lax.broadcasted_iota(jnp.int32, row.shape, 1) == plan.chunk - 1
-                dtotal_ref[0][0, index, 0, head:head + 1] = row + jnp.where(last, end, 0)
+                dtotal_ref[0][0, index, 0, head:head + 1] = _decay_gradient(
+                    moments, dq_read * q, dk_write * k, jnp.sum(dkept * state))
+
+
+def _decay_gradient(moments, read, written, kept):
+    """The gradient by the running decay of a chunk's tokens, as a row."""
+    C = len(moments)
+    i, j = (lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
+    moments = jnp.where(j < i, moments, 0)  # a token's own pair would cancel, but for rounding
+    read, written = (jnp.sum(x, axis=1, keepdims=True) for x in (read, written))
+    column = jnp.sum(moments, axis=1, keepdims=True) + read - written
+    row = _row(column) - jnp.sum(moments, axis=0, keepdims=True)
+    last = lax.broadcasted_iota(jnp.int32, row.shape, 1) == C - 1
+    return row + jnp.where(last, kept + jnp.sum(written), 0)
+
+
+def _row(column):
+    return jnp.broadcast_to(column, (len(column), _LANES)).T[:1]
 
 
 def _specs(plan, B, T, H, K, V, weights, block_of):
@@ -355,7 +404,7 @@ def _forward(plan, q, k, v, initial_state, weights, keep_states):
         functools.partial(_forward_kernel, plan, K, V, keep_states), plan, specs,
         inputs + ["K", "K", "V", "state"], outputs,
         [x for x in weights if x is not None] + [q, k, v, initial_state], shapes,
-        (H // plan.heads, B, blocks), "linear_attention_forward")
+        (H // plan.heads, B, blocks), "linear_attention_forward", [_columns(plan)])
 
 
 def _backward(plan, q, k, v, do, dstate, states, weights, decay_gradient):
@@ -374,4 +423,8 @@ def _backward(plan, q, k, v, do, dstate, states, weights, decay_gradient):
         inputs + ["K", "K", "V", "V", "state", "states"], outputs,
         [x for x in weights if x is not None] + [q, k, v, do, dstate, states], shapes,
         (H // plan.heads, B, blocks), "linear_attention_backward",
-        [pltpu.VMEM((plan.chunks, plan.heads, K, V), q.dtype)])
+        [_columns(plan), pltpu.VMEM((plan.chunks, plan.heads, K, V), q.dtype)])
+
+
+def _columns(plan):
+    return pltpu.VMEM((plan.chunks, plan.rows, plan.chunk, _LANES), jnp.float32)
