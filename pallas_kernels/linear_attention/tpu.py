@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.dispatch import target_platform
-from pallas_kernels.linear_attention.xla import _chunks, _documents_at_borders
+from pallas_kernels.linear_attention.xla import _chunks, _documents_at_borders, running_sum
 
 _LANES = 128
 
@@ -43,6 +43,7 @@ class Plan:
     scale: float
     token_decay: bool
     packed: bool
+    exact: bool  # float32: differences of running decays need what rounding took from them
 
     @property
     def block(self):
@@ -54,7 +55,8 @@ class Plan:
 
     @property
     def _groups(self):
-        return ("read", "write", "keep", *["total"] * self.token_decay, "first")
+        total = ["total"] * self.token_decay + ["rest"] * (self.token_decay and self.exact)
+        return ("read", "write", "keep", *total, "first")
 
     @property
     def rows(self):
@@ -82,17 +84,32 @@ def linear_attention(q, k, v, decay, *, scale, initial_state, segments, output_f
         initial_state = jnp.zeros((B, H, K, V), jnp.float32)
     initial_state = jnp.pad(initial_state.astype(jnp.float32),
                             ((0, 0), (0, 0), (0, -K % _LANES), (0, -V % _LANES)))
-    total = _running_decay(decay, plan, T, segments)
-    weights = _weights(plan, lax.stop_gradient(decay), lax.stop_gradient(total), segments)
+    total, rest = _running_decay(decay, plan, T, segments)
+    weights = _weights(plan, lax.stop_gradient(decay), lax.stop_gradient(total), rest, segments)
     o, state = _attend(plan, *padded, initial_state, jnp.asarray(total), weights)
     return o.reshape(B, -1, H, V + -V % _LANES)[:, :T, :, :V], state[..., :K, :V]
 
 
 def _plan(T, H, K, V, dtype, scale, decay, segments, chunk_size):
-    chunk = min(chunk_size or 128, T + -T % 16)
-    heads = max(n for n in (1, 2, 3, 4) if H % n == 0)
-    chunks = min(4, math.ceil(T / chunk))
-    return Plan(heads, chunk, chunks, float(scale), decay.ndim == 3, segments is not None)
+    wide = dtype == jnp.bfloat16 and _matrix_unit() == 256
+    chunk = chunk_size or min(256 if wide else 128, max(16, 1 << (T - 1).bit_length()))
+    if chunk % 16 or chunk > 256:
+        raise NotImplementedError(f"needs chunk_size a multiple of 16 up to 256, got {chunk}")
+    # 512 tokens of 4 heads hide the latencies; float32 has six times the matrix products.
+    most_chunks, most_heads = (4, 4) if dtype == jnp.bfloat16 else (2, 2)
+    if max(K, V) > _LANES:
+        most_heads //= 2
+    heads = max(n for n in range(1, most_heads + 1) if H % n == 0)
+    chunks = min(most_chunks, max(1, 128 * most_chunks // chunk), math.ceil(T / chunk))
+    return Plan(heads, chunk, chunks, scale, decay.ndim == 3, segments is not None,
+                dtype == jnp.float32)
+
+
+def _matrix_unit():
+    """The width of the target's matrix units."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = device.device_kind if device is not None else jax.devices()[0].device_kind
+    return 256 if kind.startswith(("TPU v6", "TPU7", "TPU v7")) else 128
 
 
 def _flat(x, block):
@@ -103,7 +120,10 @@ def _flat(x, block):
 
 
 def _running_decay(decay, plan, T, segments):
-    """The running sum of the log decay in each chunk [B, H, N, C]; B is 1 if all rows agree."""
+    """The running sum of the log decay in each chunk [B, H, N, C], and its rounding.
+
+    B is 1 if all rows agree.
+    """
     C, padded = plan.chunk, T + -T % plan.block
     real = np.arange(padded) < T
     if segments is not None:
@@ -111,18 +131,20 @@ def _running_decay(decay, plan, T, segments):
     real = real.reshape(-1, 1, padded // C, C)
     if decay.ndim == 1:
         xp = np if segments is None else jnp
-        return decay.astype(np.float32)[:, None, None] * xp.cumsum(real, axis=-1)
+        total = decay.astype(np.float32)[:, None, None] * xp.cumsum(real, axis=-1)
+        return total, np.zeros(1, np.float32)
     decay = _chunks(jnp.pad(decay.astype(jnp.float32), ((0, 0), (0, padded - T), (0, 0))), C)
-    return jnp.cumsum(jnp.where(real, decay, 0), axis=-1)
+    return running_sum(jnp.where(real, decay, 0))
 
 
-def _weights(plan, decay, total, segments):
+def _weights(plan, decay, total, rest, segments):
     """Decay and documents as the kernels read them: rows [B, N, H / heads, rows, C], D [H, C, C].
 
     D is None for a decay per token: the kernels take it from the running sums.
     """
     end = total[..., -1:]
-    read, write, keep = jnp.exp(total), jnp.exp(end - total), jnp.exp(end)
+    lost = rest[..., -1:] - rest
+    read, write, keep = jnp.exp(total), jnp.exp((end - total) + lost), jnp.exp(end)
     if segments is not None:
         segments = jnp.pad(segments, ((0, 0), (0, total.shape[2] * plan.chunk - segments.shape[1])))
         segments = _chunks(segments[..., None], plan.chunk)
@@ -133,7 +155,7 @@ def _weights(plan, decay, total, segments):
         keep = jnp.where(before == after, keep, 0)
     groups = [plan.scale * read, write, jnp.broadcast_to(keep, write.shape)]
     if plan.token_decay:
-        groups.append(total)
+        groups += [total, rest] if plan.exact else [total]
     rows = jnp.stack(groups)  # [groups, B, H, N, C]
     rows = rows.reshape(*rows.shape[:2], -1, plan.heads, *rows.shape[3:])
     rows = rows.transpose(1, 4, 2, 0, 3, 5)
@@ -245,6 +267,8 @@ class _Chunk:
         if not plan.token_decay:
             return jnp.where(inside, self.intra_ref[head], 0)
         difference = self.column("total", head, C) - self.row("total", head)
+        if plan.exact:
+            difference += self.column("rest", head, C) - self.row("rest", head)
         return plan.scale * jnp.exp(jnp.where(inside, difference, -jnp.inf))
 
 
@@ -252,7 +276,7 @@ def _chunks_of_step(plan, names, weights_refs, columns_ref):
     """The chunks of a grid step, with the weights in `names` turned into columns."""
     rows_ref, *intra_ref = weights_refs
     if plan.token_decay:
-        names += ("total",)
+        names += ("total", "rest") if plan.exact else ("total",)
 
     def fill():
         for index in range(plan.chunks):
@@ -343,8 +367,10 @@ def _decay_gradient(moments, read, written, kept):
     """The gradient by the running decay of a chunk's tokens, as a row."""
     C = len(moments)
     i, j = (lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
-    moments = jnp.where(j < i, moments, 0)  # a token's own pair would cancel, but for rounding
+    # What a token gives to itself, and the last one to the state, would cancel but for rounding.
+    moments = jnp.where(j < i, moments, 0)
     read, written = (jnp.sum(x, axis=1, keepdims=True) for x in (read, written))
+    written = jnp.where(i[:, :1] < C - 1, written, 0)
     column = jnp.sum(moments, axis=1, keepdims=True) + read - written
     row = _row(column) - jnp.sum(moments, axis=0, keepdims=True)
     last = lax.broadcasted_iota(jnp.int32, row.shape, 1) == C - 1
