@@ -91,18 +91,41 @@ def _token_decay(decay, segments):
     """Weights for a decay [B, H, N, C]."""
     if segments is not None:
         decay = jnp.where(segments != 0, decay, 0)
-    total = jnp.cumsum(decay, axis=-1)
-    causal = np.tri(decay.shape[-1], dtype=bool)
+    total, rest = running_sum(decay)
+    before = np.tri(decay.shape[-1], k=-1, dtype=bool)
     difference = total[..., :, None] - total[..., None, :]
-    intra = jnp.exp(jnp.where(causal, difference, -jnp.inf))
-    return _weights(intra, total, segments)
+    difference += rest[..., :, None] - rest[..., None, :]
+    own = np.where(np.eye(len(before)), 0, -np.inf)  # not by the difference: gradients would cancel
+    intra = jnp.exp(jnp.where(before, difference, own))
+    return _weights(intra, total, segments, rest)
 
 
-def _weights(intra, total, segments):
-    """Weights from those within a chunk and the running sum of the decay [B, H, N, C]."""
+def running_sum(decay):
+    """The running sum along the last axis and, without gradient, what rounding took from it.
+
+    Differences of sums are wanted, and strong decays make them small beside the sums.
+    """
+    total = jnp.cumsum(decay, axis=-1)
+    this = jax.lax.stop_gradient(total)
+    last = jnp.pad(this, [(0, 0)] * (this.ndim - 1) + [(1, 0)])[..., :-1]
+    step = this - last
+    kept = this - step  # step + error is the exact difference (Knuth's two-sum)
+    error = (this - (step + kept)) + (kept - last)
+    return total, jnp.cumsum((jax.lax.stop_gradient(decay) - step) - error, axis=-1)
+
+
+def _weights(intra, total, segments, rest=0):
+    """Weights from those within a chunk and the running sum of the decay [B, H, N, C].
+
+    `rest` is what rounding took from the sum.
+    """
     xp = np if isinstance(total, np.ndarray) else jnp
     end = total[..., -1:]
-    read, write, keep = xp.exp(total), xp.exp(end - total), xp.exp(end)
+    left = end - total
+    if isinstance(rest, jax.Array):
+        own = np.arange(total.shape[-1]) == total.shape[-1] - 1
+        left = jnp.where(own, 0, left + (rest[..., -1:] - rest))
+    read, write, keep = xp.exp(total), xp.exp(left), xp.exp(end)
     if segments is not None:
         before, after = _documents_at_borders(segments)
         real = segments != 0

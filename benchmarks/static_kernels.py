@@ -1,0 +1,208 @@
+"""What the TPU compiler makes of our kernels, without a TPU: cycles, spills, use of units.
+
+    python -m benchmarks.static_kernels --output docs/results/static_kernels
+
+compiles each kernel ahead of time for each chip with libtpu, reads the schedules that libtpu dumps
+and writes OUTPUT.json and a table, OUTPUT.md. The figures are static: every body of a `pl.when`
+counts as taken, and waits for HBM are not timed. So compare kernels with each other. The cycles of
+the XLA form are the compiler's estimates, which include HBM time, summed over its fusions.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+
+_DUMP = Path(tempfile.mkdtemp(prefix="static_kernels_"))
+os.environ |= {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "JAX_PLATFORMS": "cpu",
+    "LIBTPU_INIT_ARGS": f"--xla_mosaic_dump_to={_DUMP} --xla_jf_dump_to={_DUMP} "
+                        "--xla_jf_dump_llo_text=true",
+}
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from pallas_kernels.linear_attention import tpu, xla
+from pallas_kernels.linear_attention.decay import alibi_slopes
+
+# Name: topology, HBM bytes per second and clock per core (peak FLOPs / FLOPs per cycle; v6e's is
+# taken to be v5p's). None: not published.
+CHIPS = {
+    "v5e": ("v5e:2x2", 819e9, 1.50e9),
+    "v5p": ("v5p:2x2x1", 2765e9 / 2, 1.75e9),
+    "v6e": ("v6e:2x2", 1640e9, 1.75e9),
+    "tpu7x": ("tpu7x:2x2x1", 7380e9 / 2, None),
+}
+H, K, V = 8, 128, 128
+TILES = [(128, 1, 1), (128, 1, 4), (128, 2, 4), (128, 4, 4), (256, 1, 4), (256, 2, 4)]
+CHOSEN = {"v5e": (128, 4, 4), "v5p": (128, 4, 4), "v6e": (256, 2, 4), "tpu7x": (256, 2, 4)}
+KINDS = {
+    "constant": dict(token_decay=False, packed=False),
+    "packed": dict(token_decay=False, packed=True),
+    "token, packed": dict(token_decay=True, packed=True),
+}
+UNITS = {"MXU": "matrix unit", "XLU": "transposes", "VECTOR_ALU": "vector ALU",
+         "VECTOR_LOAD": "loads", "VECTOR_STORE": "stores", "VECTOR_EUP": "exponentials"}
+
+
+def compile_for(chip: str, f, *args):
+    """`f` compiled for one device of the chip; args are shapes. Leaves its schedules in _DUMP."""
+    for file in _DUMP.iterdir():
+        file.unlink()
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip][0])
+    sharding = SingleDeviceSharding(topology.devices[0])
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
+    return jax.jit(f).trace(*args).lower().compile()
+
+
+def kernel_arguments(plan: tpu.Plan, backward: bool):
+    T = 4 * plan.block
+    array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
+    rows = array(1, T // plan.chunk, H // plan.heads, plan.rows, plan.chunk)
+    intra = None if plan.token_decay else array(H, plan.chunk, plan.chunk)
+    q, v = (array(1, T, H * width, dtype=jnp.bfloat16) for width in (K, V))
+    state, states = array(1, H, K, V), array(1, T // plan.block, H, K, V)
+    if backward:
+        return q, q, v, v, state, states, (rows, intra)
+    return q, q, v, state, (rows, intra)
+
+
+def meter(chip: str, tile: tuple[int, int, int], direction: str, kind: str) -> dict:
+    chunk, chunks, heads = tile
+    plan = tpu.Plan(heads, chunk, chunks, scale=K**-0.5, exact=False, **KINDS[kind])
+    backward = direction == "backward"
+    if backward:
+        f = lambda *x: tpu._backward(plan, *x, decay_gradient=plan.token_decay)
+    else:
+        f = lambda *x: tpu._forward(plan, *x, keep_states=False)
+    compile_for(chip, f, *kernel_arguments(plan, backward))
+    return dict(op="linear_attention", chip=chip, direction=direction, decay=kind, chunk=chunk,
+                chunks=chunks, heads=heads) | read_schedule(f"linear_attention_{direction}",
+                                                            plan.block * heads)
+
+
+def read_schedule(kernel: str, tokens: int) -> dict:
+    """The figures of one grid step, which is the loop that the kernel's schedule holds."""
+    def read(passname):
+        [file] = [x for x in _DUMP.iterdir()
+                  if re.match(rf"\d+-{kernel}[.\d]*-\d+-{passname}\.txt$", x.name)]
+        return file.read_text(errors="replace").splitlines()
+
+    bundles = [line for line in read("final_bundles") if re.match(r"\s*(0x[0-9a-f]+|0)\s", line)]
+    in_loop = [line for line in bundles if re.match(r"\s*(0x[0-9a-f]+|0)[^{]*>", line)]
+    regions = re.findall(r"ordinal=(\d+) before=\d+ after=(\d+)", "\n".join(read("region-expansion")))
+    # Regions 0 and 1 enclose everything; the largest other one is the loop's body.
+    cycles = max(int(after) for ordinal, after in regions if int(ordinal) > 1)
+    if cycles < len(in_loop):
+        raise RuntimeError(f"{kernel}: no region holds the loop of {len(in_loop)} bundles")
+    use = unit_use(kernel)
+    busiest = max((unit for unit in use if unit != "spills"), key=use.get)
+    return dict(cycles_per_token=round(cycles / tokens, 3), cycles_per_step=cycles,
+                matrix_unit=use.get("MXU", 0), spills=use["spills"], busiest=UNITS[busiest],
+                busiest_share=use[busiest])
+
+
+def unit_use(kernel: str) -> dict:
+    """Shares of the slots in use, by unit, over the largest part of the kernel, and spills."""
+    [file] = _DUMP.glob("*-TLP-*-hlo-static-bundle-profile.txt")
+    parts = []
+    for block in file.read_text(errors="replace").split("HLO: ")[1:]:
+        if block.lstrip("%").startswith(kernel):
+            parts.append({unit: (int(used), int(capacity)) for unit, used, capacity in
+                          re.findall(r"^ - (.+?): \((\d+)/(\d+)\)", block, re.M)})
+    body = max(parts, key=lambda part: part["VECTOR_EUP"][1])
+    use = dict(spills=sum(part.get("VMEM_SPILL_COUNT", (0, 0))[0] for part in parts))
+    for unit, (used, capacity) in body.items():
+        name = next((x for x in UNITS if unit.startswith(x)), None)
+        if name and capacity and not unit.endswith("ESTIMATED_STARVATION"):
+            use[name] = max(use.get(name, 0), round(used / capacity, 3))
+    return use
+
+
+def estimate_xla(chip: str, direction: str) -> float:
+    """Estimated cycles per token and head of the XLA form, for a decay per head."""
+    T = 1024  # eight chunks: the scan over states is unrolled, so that no loop counts once
+    decay = -alibi_slopes(H).astype("float32")
+
+    def forward(q, k, v):
+        return xla.linear_attention(q, k, v, decay, scale=K**-0.5, initial_state=None,
+                                    segments=None, output_final_state=False, chunk_size=None)[0]
+
+    def backward(q, k, v, do):
+        return jax.vjp(forward, q, k, v)[1](do)
+
+    x = jax.ShapeDtypeStruct((1, T, H, K), jnp.bfloat16)
+    both = direction == "backward"
+    compiled = compile_for(chip, backward if both else forward, *[x] * (4 if both else 3))
+    cycles = re.findall(r'estimated_cycles\\?"?:\\?"?(\d+)', compiled.as_text())
+    return round(sum(map(int, cycles)) / (T * H), 2)
+
+
+def hbm_bound(chip: str, direction: str) -> float | None:
+    """Cycles per token and head to move q, k, v, o, or those and their gradients, in bfloat16."""
+    _, bandwidth, clock = CHIPS[chip]
+    arrays = 7 if direction == "backward" else 4
+    return clock and round(arrays * 2 * K / bandwidth * clock, 2)
+
+
+def table(results: dict) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    lines = [
+        "# Static figures of the TPU kernels", "",
+        f"`python -m benchmarks.static_kernels`: {versions}. bfloat16, K = V = {K}, {H} heads.",
+        "Cycles are per token and head. A tile is tokens per chunk x chunks x heads of a grid step;",
+        "the tile that is used is marked. Static: waits for HBM are not timed and the bodies of",
+        "`pl.when` count as taken (with a constant decay, one that fills in weights runs in three",
+        "grid steps only). `HBM` is the time to move the arrays, in cycles at the assumed clock.",
+        "`XLA` is the compiler's estimate for `xla.py`, HBM time included.", "",
+        "| chip | direction | decay | tile | cycles | HBM | XLA | matrix unit | spills | busiest |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in results["rows"]:
+        tile = row["chunk"], row["chunks"], row["heads"]
+        bound = results["hbm"][row["chip"]][row["direction"]]
+        lines.append(
+            f"| {row['chip']} | {row['direction']} | {row['decay']} | {' x '.join(map(str, tile))}"
+            f"{' (used)' if tile == CHOSEN[row['chip']] else ''} | {row['cycles_per_token']:.2f} | "
+            f"{'' if bound is None else bound} | {results['xla'][row['chip']][row['direction']]} | "
+            f"{row['matrix_unit']:.2f} | {row['spills']} | {row['busiest']} "
+            f"{row['busiest_share']:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("docs/results/static_kernels"))
+    parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS))
+    parser.add_argument("--sweep", nargs="*", choices=CHIPS, default=["v5e", "v6e"],
+                        help="chips for which every tile is measured, not only the one in use")
+    args = parser.parse_args()
+    results = dict(
+        versions={name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")},
+        rows=[],
+        hbm={chip: {d: hbm_bound(chip, d) for d in ("forward", "backward")} for chip in args.chips},
+        xla={chip: {} for chip in args.chips})
+    for chip in args.chips:
+        for direction in ("forward", "backward"):
+            results["xla"][chip][direction] = estimate_xla(chip, direction)
+            runs = [(CHOSEN[chip], kind) for kind in KINDS]
+            if chip in args.sweep:
+                runs += [(tile, "constant") for tile in TILES if tile != CHOSEN[chip]]
+            for tile, kind in runs:
+                results["rows"].append(meter(chip, tile, direction, kind))
+                print(json.dumps(results["rows"][-1]), flush=True)
+                args.output.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    args.output.with_suffix(".md").write_text(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""One table of cases for every implementation of linear attention, and how to run one."""
+
+import functools
+import itertools
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.linear_attention import linear_attention
+
+B, CHUNK = 2, 16
+
+FACTORS = dict(
+    T=(1, 5, 16, 70, 83),  # one token, less than a chunk, one, several ragged grid steps
+    widths=((64, 64), (64, 96), (128, 64), (96, 128), (256, 64), (64, 256)),  # K, V
+    heads=(2, 3, 5),
+    decay=("constant", "traced", "token", "none", "strong", "strong-token"),
+    documents=("one", "packed", "late", "padding"),
+    initial_state=(False, True),
+    dtype=("float32", "bfloat16"),
+)
+
+TOLERANCES = {
+    "float32": dict.fromkeys(("o", "state", "dq", "dk", "dv", "dinitial_state", "ddecay"), 1e-5),
+    "bfloat16": dict(o=0.005, state=0.005, dq=0.008, dk=0.008, dv=0.008, dinitial_state=0.008,
+                     ddecay=0.02),
+}
+
+
+def pairwise(factors, count):
+    """`count` distinct cases, each with the most pairs of values not yet seen together.
+
+    Once every pair was seen, they are counted anew.
+    """
+    values = [range(len(x)) for x in factors.values()]
+    product = np.array(list(itertools.product(*values)))
+    pairs = np.stack([(100 * a + b) * 10_000 + 100 * product[:, a] + product[:, b]
+                      for a, b in itertools.combinations(range(len(values)), 2)], axis=1)
+    _, pairs = np.unique(pairs, return_inverse=True)
+    pairs = pairs.reshape(len(product), -1)
+    wanted, free = np.ones(pairs.max() + 1, bool), np.ones(len(product), bool)
+    # Among equals, one by a fixed permutation: the product's order would vary one factor only.
+    order = np.random.default_rng(0).permutation(len(product))
+    cases = []
+    while len(cases) < count:
+        gain = np.where(free, wanted[pairs].sum(1), -1)
+        if gain.max() == 0:
+            wanted[:] = True
+            continue
+        best = order[np.argmax(gain[order])]
+        free[best], wanted[pairs[best]] = False, False
+        cases.append({name: x[i] for (name, x), i in zip(factors.items(), product[best])})
+    return cases
+
+
+def name(case):
+    K, V = case["widths"]
+    state = "-state" if case["initial_state"] else ""
+    return (f"T{case['T']}-H{case['heads']}-K{K}-V{V}-{case['decay']}-{case['documents']}{state}-"
+            f"{case['dtype']}")
+
+
+TABLE = {name(case): case for case in pairwise(FACTORS, 150)}
+
+
+def segments_of(documents, T):
+    """Document ids [B, T]: gaps, documents of one token and across chunks, padding before all."""
+    if documents == "one":
+        return None
+    runs = {
+        "packed": ([(1, 1), (2, 30), (0, 3), (3, 1), (9, T)], [(4, 40), (5, 1), (6, 1), (0, T)]),
+        "late": ([(0, 19), (7, T)], [(0, 3), (2, 8), (3, T)]),  # a row that begins with padding
+        "padding": ([(0, T)], [(5, 33), (0, T)]),  # a row of nothing but padding
+    }[documents]
+    return np.stack([
+        np.concatenate([np.full(length, document) for document, length in row])[:T]
+        for row in runs]).astype(np.int32)
+
+
+def make(case):
+    """Arrays in f64 whose values the case's dtype can hold, weights of the results, options."""
+    rng = np.random.default_rng(zlib.crc32(name(case).encode()))
+    T, H, (K, V) = case["T"], case["heads"], case["widths"]
+    normal = lambda *shape: rng.standard_normal(shape)
+    rounded = lambda x: np.asarray(jnp.asarray(x, case["dtype"]).astype(jnp.float32), np.float64)
+    decay = {
+        "constant": lambda: -(2.0 ** -np.arange(1, H + 1)),
+        "traced": lambda: -(2.0 ** -np.arange(1, H + 1)),
+        "token": lambda: -np.abs(normal(B, T, H)),
+        "none": lambda: np.zeros(H),
+        "strong": lambda: -np.array([25.0, 0.01, 90.0, 3.0, 0.3])[:H],
+        "strong-token": lambda: -60 * np.abs(normal(B, T, H)),
+    }[case["decay"]]()
+    arrays = dict(q=rounded(normal(B, T, H, K)), k=rounded(normal(B, T, H, K)),
+                  v=rounded(normal(B, T, H, V)))
+    if case["initial_state"]:
+        arrays["initial_state"] = normal(B, H, K, V)
+    constant = case["decay"] == "constant"
+    if not constant:
+        arrays["decay"] = decay.astype(np.float32).astype(np.float64)
+    options = dict(segments=segments_of(case["documents"], T), chunk_size=CHUNK)
+    weights = rounded(normal(B, T, H, V)), normal(B, H, K, V)
+    return arrays, weights, options, decay if constant else None
+
+
+def run(case, implementation):
+    """Outputs and the gradients by every array, in the case's dtype; of the oracle in f64."""
+    arrays, weights, options, decay = make(case)
+    oracle = implementation == "reference"
+    wide = np.float64 if oracle else np.float32
+    narrow = wide if oracle else case["dtype"]
+    arrays = {key: jnp.asarray(x, narrow if key in "qkv" else wide) for key, x in arrays.items()}
+    fixed = {} if decay is None else {"decay": decay.astype(wide)}
+
+    def loss(arrays, weights):
+        out = linear_attention(**arrays, **fixed, **options, output_final_state=True,
+                               implementation=implementation)
+        return sum((x * w).sum() for x, w in zip(out, weights)), out
+
+    weights = jnp.asarray(weights[0], narrow), jnp.asarray(weights[1], wide)
+    gradients, (o, state) = jax.jit(jax.grad(loss, has_aux=True))(arrays, weights)
+    return {"o": o, "state": state} | {f"d{key}": x for key, x in gradients.items()}
+
+
+@functools.cache
+def expected(case_name):
+    with jax.enable_x64(True):
+        return {key: np.asarray(x) for key, x in run(TABLE[case_name], "reference").items()}
+
+
+def assert_is_the_oracle(case_name, implementation):
+    """Root mean squares of the errors, relative to the value or 1e-3 of the largest gradient."""
+    case, oracle = TABLE[case_name], expected(case_name)
+    got = run(case, implementation)
+    assert got.keys() == oracle.keys()
+    rms = lambda x: np.sqrt(np.mean(np.asarray(x, np.float64) ** 2))
+    largest = max(rms(x) for key, x in oracle.items() if key.startswith("d"))
+    tolerances = TOLERANCES[case["dtype"]]
+    errors = {key: rms(np.asarray(got[key], np.float64) - x)
+              / max(rms(x), 1e-3 * largest, 1e-30) for key, x in oracle.items()}
+    too_large = {key: float(x) for key, x in errors.items() if not x <= tolerances[key]}
+    assert not too_large, too_large

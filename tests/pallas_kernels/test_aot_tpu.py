@@ -1,0 +1,94 @@
+"""Compilation for real TPUs, on any machine that has libtpu: interpretation checks no lowering."""
+
+import importlib.util
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels.linear_attention import linear_attention
+from pallas_kernels.linear_attention.decay import alibi_slopes
+from pallas_kernels.linear_attention.shapes import SHAPES
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu (the tpu extra)")
+
+CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+DEFAULT = {("v5e", "hypenet-2b"), ("v5p", "mamba2-2.7b"), ("v6e", "hypenet-9b"),
+           ("tpu7x", "minicpm-sala")}
+
+
+@pytest.fixture
+def mesh_of(monkeypatch):
+    for name, value in dict(
+        TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_WORKER_HOSTNAMES="localhost",
+    ).items():
+        monkeypatch.setenv(name, os.environ.get(name, value))
+
+    def mesh_of(chip):
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip])
+        return Mesh(np.array(topology.devices[:1]), ("data",), axis_types=(AxisType.Explicit,))
+
+    return mesh_of
+
+
+def compile_gradients(mesh, shape, dtype, segments=True, implementation="tpu"):
+    """Forward and backward of one row, with states in and out."""
+    H, K, V, T = shape.H, shape.K, shape.V, shape.T
+    array = lambda shape, dtype: jax.ShapeDtypeStruct(
+        shape, dtype, sharding=NamedSharding(mesh, P()))
+    arrays = dict(
+        q=array((1, T, H, K), dtype), k=array((1, T, H, K), dtype), v=array((1, T, H, V), dtype),
+        initial_state=array((1, H, K, V), jnp.float32))
+    constant = -alibi_slopes(H)
+    if shape.decay == "token":
+        arrays["decay"] = array((1, T, H), jnp.float32)
+
+    def loss(arrays, segments):
+        o, state = linear_attention(
+            **({"decay": constant} | arrays), segments=segments, output_final_state=True,
+            implementation=implementation)
+        return (o.astype(jnp.float32) ** 2).sum() + (state**2).sum()
+
+    segments = array((1, T), jnp.int32) if segments else None
+    with jax.set_mesh(mesh):
+        return jax.jit(jax.grad(loss)).trace(arrays, segments).lower().compile().as_text()
+
+
+def kernels(text):
+    lines = [line for line in text.splitlines() if "tpu_custom_call" in line]
+    return {name for name in ("forward", "backward")
+            if any(f"linear_attention_{name}" in line for line in lines)}
+
+
+@pytest.mark.parametrize(
+    "chip, shape",
+    [pytest.param(chip, shape, marks=() if (chip, shape) in DEFAULT else pytest.mark.slow)
+     for chip in CHIPS for shape in SHAPES],
+)
+def test_linear_attention_compiles(chip, shape, mesh_of):
+    text = compile_gradients(mesh_of(chip), SHAPES[shape], jnp.bfloat16)
+    assert kernels(text) == {"forward", "backward"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("T, width, dtype, segments",
+                         [(1, 64, "float32", True), (20, 96, "bfloat16", False),
+                          (300, 256, "float32", False), (1000, 256, "bfloat16", True)])
+@pytest.mark.parametrize("decay", ["heads", "token"])
+def test_odd_shapes_compile(chip, T, width, dtype, segments, decay, mesh_of):
+    shape = SHAPES["tiny"]._replace(T=T, H=3, K=width, V=128, decay=decay)
+    text = compile_gradients(mesh_of(chip), shape, jnp.dtype(dtype), segments)
+    assert kernels(text) == {"forward", "backward"}
+
+
+def test_tpu_kernels_are_the_default_on_tpu(mesh_of):
+    shape = SHAPES["tiny"]._replace(T=64)
+    text = compile_gradients(mesh_of("v5e"), shape, jnp.bfloat16, implementation=None)
+    assert kernels(text) == {"forward", "backward"}
