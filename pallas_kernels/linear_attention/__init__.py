@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Dispatch
 
-_dispatch = Dispatch("linear_attention", __name__, names=("reference", "xla"), best={})
+_dispatch = Dispatch("linear_attention", __name__, names=("reference", "xla", "gpu"),
+                     best={"gpu": ("gpu", "xla")})
 
 
 def linear_attention(
