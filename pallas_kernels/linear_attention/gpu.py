@@ -14,9 +14,10 @@ sum is over j >= i with exp(G_j - G_i), and read and write change places:
 
 (Lightning Attention-2, https://arxiv.org/abs/2401.04658, algorithms 1 and 2.) Documents and
 padding only change the weights: a pair in different documents, a read or write across a border,
-and a kept state become 0. The log decay's gradient is, token t of a chunk,
+and a kept state become 0. The log decay of token t has a part in all that passes it: with ' the
+share that stays in the chunk and '' the share that reads or writes a state,
 
-    sum_{i >= t} (dq_i . q_i - dk_i . k_i) + <S_out, dS_out>
+    sum_{i >= t} (dq_i . q_i - dk'_i . k_i) + sum_{j < t} dk''_j . k_j + keep <S_in, dS_out>
 
 **Work.** A thread block (one warpgroup) takes one head and 64 columns of x, holds the state of
 K x 64 in f32 registers and walks over the chunks; TMA loads run a chunk ahead. Two blocks fit
@@ -44,7 +45,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
@@ -69,13 +70,12 @@ def linear_attention(q, k, v, decay, *, scale, initial_state, segments, output_f
     if segments is not None:
         decay = jnp.where(segments[..., None] != 0, decay, 0)
         segments = _chunks(segments[..., None], C)
-    total = jnp.cumsum(_chunks(decay, C), axis=-1)
     if initial_state is None:
         initial_state = jnp.zeros((B, H, K, V))
     pad = lambda x: jnp.pad(x, [(0, 0), (0, -T % C), (0, 0), (0, -x.shape[-1] % COLUMNS)])
     state = jnp.pad(initial_state.astype(jnp.float32),
                     [(0, 0), (0, 0), (0, -K % COLUMNS), (0, -V % COLUMNS)])
-    o, state = _attend(scale, pad(q), pad(k), pad(v), total, state, segments)
+    o, state = _attend(scale, pad(q), pad(k), pad(v), _chunks(decay, C), state, segments)
     return o[:, :T, :, :V], state[..., :K, :V]
 
 
@@ -105,46 +105,52 @@ def _refuse_arguments(q, k, v, chunk_size):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(scale, q, k, v, total, initial_state, segments):
-    return _forward(scale, q, k, v, total, initial_state, segments)[0]
+def _attend(scale, q, k, v, decay, initial_state, segments):
+    return _forward(scale, q, k, v, decay, initial_state, segments)[0]
 
 
-def _forward(scale, q, k, v, total, initial_state, segments):
-    weights = _weights(total, segments, scale)
+def _forward(scale, q, k, v, decay, initial_state, segments):
+    weights = _weights(decay, segments, scale)
     incoming = _split(k, v, weights, initial_state)
     out = _pass(q, k, v, weights, incoming)
     return (out["y"], out["state"][:, :, -1]), incoming
 
 
-def _attend_fwd(scale, q, k, v, total, initial_state, segments):
-    wants_decay = total.perturbed
-    q, k, v, total, initial_state = (x.value for x in (q, k, v, total, initial_state))
-    segments = None if segments is None else segments.value
-    (o, final), incoming = _forward(scale, q, k, v, total, initial_state, segments)
-    residuals = q, k, v, total, segments, incoming, final if wants_decay else None
-    return (o, final), residuals
+def _attend_fwd(scale, *arguments):
+    q, k, v, decay, initial_state, segments = jax.tree.map(
+        lambda x: x.value, arguments, is_leaf=lambda x: isinstance(x, CustomVJPPrimal))
+    out, incoming = _forward(scale, q, k, v, decay, initial_state, segments)
+    wants_decay = () if arguments[3].perturbed else None  # the structure is known when tracing
+    return out, (q, k, v, decay, segments, incoming, wants_decay)
 
 
 def _attend_bwd(scale, residuals, gradients):
-    q, k, v, total, segments, incoming, final = residuals
+    q, k, v, decay, segments, incoming, wants_decay = residuals
     do = _dense(gradients[0], v.shape, v.dtype)
     dfinal = _dense(gradients[1], (*incoming.shape[:2], *incoming.shape[3:]), jnp.float32)
-    weights = _weights(total, segments, scale)
+    weights = _weights(decay, segments, scale)
     backwards = weights.reversed()
     dincoming = _split(q, do, backwards, dfinal, incoming.shape[2])
     for_dv = _pass(k, q, do, backwards, dincoming)
     incoming, dincoming = incoming.mT, dincoming.mT
-    if final is None:
+    if wants_decay is None:
         for_dq = _pass(do, v, k, weights, incoming)
         for_dk = _pass(v, do, q, backwards, dincoming)
-        dtotal = None
+        ddecay = None
     else:
         for_dq = _pass(do, v, k, weights, incoming, dot=q, emit=True)
         for_dk = _pass(v, do, q, backwards, dincoming, dot=k, meet=for_dq["states"])
-        last = (final * dfinal).sum((2, 3))[..., None]
-        at_ends = jnp.concatenate([for_dk["meets"][..., 1:], last], axis=-1)
-        dtotal = (for_dq["dots"] - for_dk["dots"]).at[..., -1].add(at_ends)
-    return for_dq["y"], for_dk["y"], for_dv["y"], dtotal, for_dv["state"][:, :, 0], None
+        ddecay = _ddecay(for_dq["dots"], for_dk["dots"], weights.keep * for_dk["meets"])
+    return for_dq["y"], for_dk["y"], for_dv["y"], ddecay, for_dv["state"][:, :, 0], None
+
+
+def _ddecay(dots_q, dots_k, through):
+    """Every term is that of pairs of tokens which t lies between: nothing large cancels."""
+    across = dots_k[..., 0, :]
+    within = dots_q[..., 1, :] - (dots_k[..., 1, :] - across)
+    before = jnp.pad(across[..., :-1], [(0, 0)] * 3 + [(1, 0)])
+    return (lax.cumsum(within, axis=3, reverse=True) + jnp.cumsum(before, axis=3)
+            + through[..., None])
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
@@ -167,7 +173,8 @@ class Weights(NamedTuple):
         return self._replace(tokens=self.tokens[..., jnp.array([0, 2, 1]), :], reverse=True)
 
 
-def _weights(total, segments: Int[Array, "B 1 N C"] | None, scale) -> Weights:
+def _weights(decay, segments: Int[Array, "B 1 N C"] | None, scale) -> Weights:
+    total = jnp.cumsum(decay, axis=-1)
     end = total[..., -1:]
     read, write, keep = scale * jnp.exp(total), jnp.exp(end - total), jnp.exp(end[..., 0])
     documents = None
@@ -217,9 +224,10 @@ def _pass(a, b, x, weights, state, *, splits=None, dot=None, emit=False, meet=No
     """What one pass gives: "state" [B H S K X], after each split, and
 
       "y": [B T H X], if there are a and the states before the splits (else those are 0),
-      "dots": [B H N C], `y_i . dot_i`, if there is a dot [B T H X],
+      "dots": [B H N 2 C], of y_i's part from the state, and of y_i, with dot_i if there is
+        dot [B T H X]; both without x_i's own part in y_i, which no decay touches,
       "states": [B H N K X], in bf16, that before each chunk, if emit,
-      "meets": [B H N], `<the state after a chunk, meet's>`, if there is meet [B H N K X].
+      "meets": [B H N], `<the state before a chunk, meet's>`, if there is meet [B H N K X].
     """
     B, T, H, K = b.shape
     X, N = x.shape[-1], T // C
@@ -233,7 +241,7 @@ def _pass(a, b, x, weights, state, *, splits=None, dot=None, emit=False, meet=No
     if a is not None:
         shapes["y"] = (x.shape, jnp.bfloat16)
     if dot is not None:
-        shapes["dots"] = ((B, H, N, columns, C), jnp.float32)
+        shapes["dots"] = ((B, H, N, columns, 2, C), jnp.float32)
     if emit:
         shapes["states"] = ((B, H, N, K, X), jnp.bfloat16)
     if meet is not None:
@@ -248,6 +256,8 @@ def _pass(a, b, x, weights, state, *, splits=None, dot=None, emit=False, meet=No
     plain = dict(tokens=jnp.float32, documents=jnp.int32)
     scratch = {name: plgpu.SMEM((STAGES, *shape), plain[name]) if name in plain
                else tiled(STAGES, *shape) for name, shape in copies.items()}
+    scratch |= {name: plgpu.SMEM(shapes[name][0][4:], jnp.float32)
+                for name in ("dots", "meets") if name in shapes}
     scratch |= dict(staged=tiled(C, COLUMNS), bf16_state=tiled(K, COLUMNS),
                     arrived=plgpu.Barrier(num_arrivals=len(copies), num_barriers=STAGES))
     kernel = plgpu.kernel(
@@ -273,7 +283,8 @@ def _walk(given, out, smem, *, scale, reverse):
     K = given["b"].shape[-1]
     split = lax.axis_index("split")
     b, h = _divmod(lax.axis_index("head"), H)
-    columns = pl.ds(lax.axis_index("column") * COLUMNS, COLUMNS)
+    column = lax.axis_index("column")
+    columns = pl.ds(column * COLUMNS, COLUMNS)
     per = -(-N // out["state"].shape[2])
     count = jnp.minimum(per, N - split * per)
     chunk_at = lambda step: split * per + (count - 1 - step if reverse else step)
@@ -297,6 +308,12 @@ def _walk(given, out, smem, *, scale, reverse):
         plgpu.barrier_wait(smem["arrived"].at[stage])
         here = {name: smem[name].at[stage] for name in smem if name in given and name != "state"}
         keep = given["keep"][b, h, chunk]
+
+        def dots(part, y):
+            if "dots" in out:
+                products = y * _load(here["dot"], LAYOUT).astype(jnp.float32)
+                smem["dots"][part] = products.sum(1)
+
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # staged and bf16_state are free again
         if "y" in out:
             smem["bf16_state"][...] = state.astype(jnp.bfloat16)
@@ -305,20 +322,26 @@ def _walk(given, out, smem, *, scale, reverse):
         plgpu.commit_smem()
         if "states" in out:
             plgpu.copy_smem_to_gmem(smem["bf16_state"], out["states"].at[b, h, chunk, :, columns])
-        if "y" in out:
-            y = _outputs(here, smem["bf16_state"], scale, reverse)
-        if "dots" in out:
-            products = y * _load(here["dot"], LAYOUT).astype(jnp.float32)
-            out["dots"][b, h, chunk, lax.axis_index("column")] = products.sum(1)
-        state = mma_add(state * keep, _transposed(here["b"]), smem["staged"])
         if "meets" in out:
             products = state * _load(here["meet"], LAYOUT).astype(jnp.float32)
-            out["meets"][b, h, chunk, lax.axis_index("column")] = products.sum(1)
+            smem["meets"][...] = products.sum(1)
+        if "y" in out:
+            y = mma(here["a"], smem["bf16_state"], x.shape) * _rows(here["tokens"].at[1], x.shape)
+            dots(0, y)
+            weights, own = _pairs(here, scale, reverse, apart="dots" in out)
+            y = mma_add(y, weights, here["x"])
+            dots(1, y)
+            if own is not None:
+                x = _load(here["x"], LAYOUT).astype(jnp.float32)  # again: registers are short
+                y += lax.broadcast_in_dim(own, x.shape, [0]) * x
+        state = mma_add(state * keep, _transposed(here["b"]), smem["staged"])
         if "y" in out:
             smem["staged"][...] = y.astype(jnp.bfloat16)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(
                 smem["staged"], out["y"].at[b, pl.ds(chunk * C, C), h, columns])
+            for name in out.keys() & {"dots", "meets"}:
+                plgpu.copy_smem_to_gmem(smem[name], out[name].at[b, h, chunk, column])
         pl.when(step + STAGES < count)(lambda: fetch(step + STAGES))
         return state
 
@@ -332,9 +355,9 @@ def _walk(given, out, smem, *, scale, reverse):
     plgpu.wait_smem_to_gmem(0)
 
 
-def _outputs(here, state, scale, reverse):
-    """y of a chunk, f32 [C, COLUMNS]."""
-    weights = mma(here["a"], _transposed(here["b"]), (C, C))
+def _pairs(here, scale, reverse, apart):
+    """The chunk's pairs of tokens, bf16 [C, C]; if apart, without the diagonal, which is [C]."""
+    pairs = scale * mma(here["a"], _transposed(here["b"]), (C, C))
     i = plgpu.broadcasted_iota(jnp.int32, (C, C), 0, layout=LAYOUT)
     j = plgpu.broadcasted_iota(jnp.int32, (C, C), 1, layout=LAYOUT)
     decay = here["tokens"].at[0]
@@ -343,10 +366,12 @@ def _outputs(here, state, scale, reverse):
     if "documents" in here:
         documents = here["documents"]
         seen &= _rows(documents.at[0], (C, C)) == _cols(documents.at[1], (C, C))
-    weights = scale * weights * jnp.exp(jnp.where(seen, decay, 0))
-    weights = jnp.where(seen, weights, 0).astype(jnp.bfloat16)
-    y = mma(here["a"], state, (C, COLUMNS)) * _rows(here["tokens"].at[1], (C, COLUMNS))
-    return mma_add(y, weights, here["x"])
+    own = None
+    if apart:
+        own = jnp.where(seen & (i == j), pairs, 0).sum(1)
+        seen &= i != j
+    pairs *= jnp.exp(jnp.where(seen, decay, 0))
+    return jnp.where(seen, pairs, 0).astype(jnp.bfloat16), own
 
 
 def mma(a, b, shape):

@@ -8,7 +8,6 @@ import pytest
 plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 
 from jax.experimental import pallas as pl  # noqa: E402
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh  # noqa: E402
 
 from pallas_kernels.linear_attention import gpu, linear_attention  # noqa: E402
 from pallas_kernels.linear_attention.decay import alibi_slopes  # noqa: E402
