@@ -1,5 +1,9 @@
 """The Hopper kernels without a GPU: numbers and races in interpret mode, and what is refused."""
 
+import contextlib
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +12,9 @@ import pytest
 plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 
 from jax.experimental import pallas as pl  # noqa: E402
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh  # noqa: E402
 
-from pallas_kernels.linear_attention import gpu, linear_attention  # noqa: E402
+from pallas_kernels.linear_attention import gpu, gpu_kernel, linear_attention  # noqa: E402
 from pallas_kernels.linear_attention.decay import alibi_slopes  # noqa: E402
 
 interprets = pytest.mark.skipif(
@@ -102,17 +107,16 @@ def check(rng, case):
 
 
 def mma_add(x, a, b):
-    """gpu.mma_add as the interpreter can run it: a in shared memory, the accumulator from zero."""
+    """gpu_kernel.mma_add as the interpreter can run it: a in shared memory, sums from zero."""
     if not isinstance(a, jax.Array):
-        return x + gpu.mma(a, b, x.shape)
+        return x + gpu_kernel.mma(a, b, x.shape)
 
     def product(staged):
         staged[...] = a
         plgpu.commit_smem()
-        return x + gpu.mma(staged, b, x.shape)
+        return x + gpu_kernel.mma(staged, b, x.shape)
 
-    return pl.run_scoped(product, plgpu.SMEM(
-        a.shape, a.dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))))
+    return pl.run_scoped(product, plgpu.SMEM(a.shape, a.dtype, transforms=gpu_kernel.TRANSFORMS))
 
 
 @interprets
@@ -121,8 +125,60 @@ def mma_add(x, a, b):
              for case in CASES])
 def test_gpu_is_the_reference_in_interpret_mode(case, rng, monkeypatch):
     monkeypatch.setattr(gpu, "_refuse_target", lambda: None)
-    monkeypatch.setattr(gpu, "mma_add", mma_add)
+    monkeypatch.setattr(gpu_kernel, "mma_add", mma_add)
     if splits := CASES[case].get("splits"):
         monkeypatch.setattr(gpu, "_splits", lambda blocks, N: splits)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        print(check(rng, case))
+        check(rng, case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_gpu_is_the_reference_on_a_gpu(case, rng, monkeypatch):
+    if splits := CASES[case].get("splits"):
+        monkeypatch.setattr(gpu, "_splits", lambda blocks, N: splits)
+    check(rng, case)
+
+
+def arguments(dtype=jnp.bfloat16, K=64, V=64):
+    x = jax.ShapeDtypeStruct((1, 10, 2, K), dtype)
+    return dict(q=x, k=x, v=jax.ShapeDtypeStruct((1, 10, 2, V), dtype))
+
+
+def attend(q, k, v, chunk_size=None, implementation=None):
+    return linear_attention(
+        q, k, v, -np.ones(2), chunk_size=chunk_size, implementation=implementation)[0]
+
+
+@pytest.mark.parametrize(
+    "device, arrays, options, reason",
+    [
+        (None, dict(), dict(), "serves GPU only, the target is cpu"),
+        ("NVIDIA A100-SXM4-80GB", dict(), dict(), "the target is NVIDIA A100-SXM4-80GB"),
+        ("NVIDIA L4", dict(), dict(), "the target is NVIDIA L4"),
+        ("NVIDIA B200", dict(), dict(), "Hopper only .* the target is NVIDIA B200"),
+        ("NVIDIA H100 80GB HBM3", dict(dtype=jnp.float32), dict(), "needs bfloat16 .* got float32"),
+        ("NVIDIA H200", dict(K=192), dict(), "needs K and V up to 128 .* got 192 and 64"),
+        ("NVIDIA GH200 480GB", dict(), dict(chunk_size=32), "by chunks of 64, got chunk_size 32"),
+    ],
+)
+def test_what_the_gpu_cannot_serve_is_refused_with_the_reason(device, arrays, options, reason):
+    arrays = arguments(**arrays)
+    with contextlib.nullcontext() if device is None else use_abstract_mesh(mesh_of(device)):
+        with pytest.raises(NotImplementedError, match=reason):
+            jax.eval_shape(functools.partial(attend, **options, implementation="gpu"), **arrays)
+
+
+def mesh_of(device_kind):
+    device = AbstractDevice(device_kind=device_kind, num_cores=None, platform="cuda")
+    return AbstractMesh((1,), ("data",), abstract_device=device)
+
+
+@pytest.mark.parametrize("device, kernels", [("NVIDIA H200", 4), ("NVIDIA A100-SXM4-80GB", 0)])
+def test_on_hopper_it_is_taken_and_lowers_elsewhere_xla_is(device, kernels):
+    def loss(arrays):
+        return (attend(**arrays).astype(jnp.float32) ** 2).sum()
+
+    with use_abstract_mesh(mesh_of(device)):
+        lowered = jax.jit(jax.grad(loss)).trace(arguments()).lower(lowering_platforms=("cuda",))
+    assert len(re.findall("custom_call @mosaic_gpu", lowered.as_text())) == kernels
