@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.dispatch import Dispatch
 from pallas_kernels.linear_attention.context import split_linear_attention
 
-_dispatch = Dispatch("linear_attention", __name__, names=("reference", "xla", "tpu"),
-                     best={"tpu": ("tpu", "xla")})
+_dispatch = Dispatch("linear_attention", __name__, names=("reference", "xla", "tpu", "gpu"),
+                     best={"tpu": ("tpu", "xla"), "gpu": ("gpu", "xla")})
 
 
 def linear_attention(
