@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -39,7 +39,7 @@ def collectives(module: Module, mesh: jax.sharding.Mesh) -> list[Collective]:
     for coordinates in np.ndindex(*mesh.devices.shape):
         position[len(position)] = coordinates
 
-    totals = defaultdict(lambda: [0.0, 0.0])
+    totals = defaultdict(lambda: np.zeros(2))  # count, bytes sent
     for computation, instruction, scatters in _occurrences(module, runs):
         kind = instruction.opcode.removesuffix("-start")
         groups = _groups(instruction, mesh.size)
@@ -48,11 +48,13 @@ def collectives(module: Module, mesh: jax.sharding.Mesh) -> list[Collective]:
             continue
         sent = _sent(kind, instruction, size, scatters)
         kind = "reduce-scatter" if scatters else kind
-        axes = _axes(groups, position, mesh)
-        total = totals[kind, axes]
-        total[0] += runs[computation]
-        total[1] += runs[computation] * sent
-    found = [Collective(*key, *total) for key, total in totals.items()]
+        totals[kind, _axes(groups, position, mesh)] += runs[computation] * np.array([1.0, sent])
+    slices = {getattr(device, "slice_index", None) for device in mesh.devices.flat}
+    if len(slices) > 1:
+        for computation, kind, instruction in _between_slices(module, runs):
+            sent = _sent(kind, instruction, len(slices), False)
+            totals[kind, _slice_axes(mesh)] += runs[computation] * np.array([1.0, sent])
+    found = [Collective(*key, *map(float, total)) for key, total in totals.items()]
     return sorted(found, key=lambda c: -c.sent)
 
 
@@ -86,6 +88,22 @@ def _occurrences(module: Module, runs) -> list[tuple[str, Instruction, bool]]:
     return [*starts.values(), *(item for channel, item in others if channel not in starts)]
 
 
+def _between_slices(module: Module, runs) -> Iterator[tuple[str, str, Instruction]]:
+    """(computation, kind, send): what hosts exchange between slices for their devices."""
+    for name in runs:
+        for instruction in module.computations[name].values():
+            kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
+            if instruction.opcode == "send" and kind:
+                yield name, kind[1].lower().replace("_", "-"), instruction
+
+
+def _slice_axes(mesh) -> tuple[str, ...]:
+    """The mesh axes that lead from one slice to another."""
+    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    crossing = [np.any(slices != slices.take([0], axis)) for axis in range(slices.ndim)]
+    return tuple(name for name, c in zip(mesh.axis_names, crossing, strict=True) if c)
+
+
 def _target(instruction: Instruction) -> str | None:
     found = re.search(r'custom_call_target="(\w+)"', instruction.attributes)
     return found[1] if found else None
@@ -93,6 +111,8 @@ def _target(instruction: Instruction) -> str | None:
 
 def _sent(kind: str, instruction: Instruction, n: int, scatters: bool) -> float:
     sizes = [a.bytes for a in instruction.outputs]
+    if instruction.opcode == "send":
+        sizes = sizes[:1]  # (array, flags)
     if instruction.opcode == "all-gather-start":
         sizes = sizes[len(sizes) // 2 :]  # (operands, results)
     if kind == "collective-permute":  # where it only starts: (operand, result, flags)

@@ -131,7 +131,10 @@ def _sent(bill: Bill, mesh: dict[str, int]) -> Iterator[str]:
 
 
 def _gib(size: float) -> str:
-    return f"{size / GiB:.3f} GiB" if size < 10 * GiB else f"{size / GiB:.1f} GiB"
+    for unit, letter in ((GiB, "G"), (2**20, "M")):
+        if size >= unit / 10:
+            return f"{size / unit:.2f} {letter}iB"
+    return f"{size / 2**10:.2f} KiB"
 
 
 def _number(value: float) -> str:
