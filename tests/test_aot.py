@@ -19,7 +19,6 @@ from hybridjax.aot.bound import Bound, bandwidth
 from hybridjax.aot.flops import count
 from hybridjax.aot.hardware import CHIPS
 from hybridjax.aot.measure import Job
-from hybridjax.aot.topology import Target
 from hybridjax.config import MeshConfig, UserError, typed
 from hybridjax.mixers.base import Context
 from hybridjax.models.block import Block
@@ -432,7 +431,7 @@ def test_advice_is_about_what_fills_the_memory(name, parts, needed, mesh, model,
 def test_meshes_divide_the_devices_and_the_model():
     config = micro.micro()
     config.update(batch_size=8, seq_len=256)
-    target = Target("v5e:4x4", CHIPS["v5e"], (None,) * 16, 1)
+    target = sweep.on_paper("v5e:4x4")
     found = sweep.estimates(typed(config), target, Job())
     meshes = [tuple(estimate.sizes[axis] for axis in MESH_AXES) for estimate in found]
     assert len(set(meshes)) == len(meshes) and (2, 4, 2, 1) in meshes
@@ -442,7 +441,7 @@ def test_meshes_divide_the_devices_and_the_model():
 
 
 def test_a_sweep_drops_what_cannot_fit():
-    target = Target("v5e:4x4", CHIPS["v5e"], (None,) * 16, 1)
+    target = sweep.on_paper("v5e:4x4")
     fits, not_ = (sweep.Estimate(MeshConfig(fsdp=n), m, 1.0) for n, m in ((2, 1e9), (1, 1e12)))
     assert sweep.promising([not_, fits], target) == [fits]
     with pytest.raises(UserError, match="no mesh of v5e:4x4 fits: the least is 931.3 GiB"):

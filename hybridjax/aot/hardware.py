@@ -1,6 +1,7 @@
 """The chips that `compile` knows: peaks of a data sheet, not measurements."""
 
 import dataclasses
+import math
 
 from hybridjax.config import UserError
 
@@ -72,6 +73,13 @@ def chip_of(topology: str) -> Chip | None:
     if family not in CHIPS:
         raise unknown(topology)
     return CHIPS[family]
+
+
+def devices_of(topology: str) -> int:
+    """How many JAX devices `tpu7x:4x4x4` has, by its name."""
+    chip, shape = chip_of(topology), topology.partition(":")[2]
+    chips = math.prod(int(n) for n in shape.split("x"))
+    return chips * (1 if chip is None else chip.devices)
 
 
 def unknown(topology: str, reason: str = "") -> UserError:

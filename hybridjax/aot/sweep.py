@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import jax.numpy as jnp
 
 from hybridjax.aot.bill import Bill, bill
+from hybridjax.aot.hardware import chip_of, devices_of
 from hybridjax.aot.measure import Job, Result, measure
 from hybridjax.aot.topology import Target
 from hybridjax.config import Config, MeshConfig, UserError
@@ -52,6 +53,11 @@ def sweep(
         best = " ".join(f"--config.mesh.{axis}={n}" for axis, n in results[0].mesh.items())
         say(f"best: {best}")
     return results
+
+
+def on_paper(topology: str) -> Target:
+    """A topology whose devices nobody asked for: enough to divide them."""
+    return Target(topology, chip_of(topology), (None,) * devices_of(topology), 1)
 
 
 def promising(found: list[Estimate], target: Target) -> list[Estimate]:
