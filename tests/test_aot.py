@@ -17,7 +17,7 @@ from hybridjax.aot import collectives, hlo, memory, program, sweep
 from hybridjax.aot.bill import bill, visible_keys
 from hybridjax.aot.bound import Bound, bandwidth
 from hybridjax.aot.flops import count
-from hybridjax.aot.hardware import CHIPS
+from hybridjax.aot.hardware import CHIPS, lies_on
 from hybridjax.aot.measure import Job
 from hybridjax.config import MeshConfig, UserError, typed
 from hybridjax.mixers.base import Context
@@ -438,6 +438,22 @@ def test_meshes_divide_the_devices_and_the_model():
     for data, fsdp, tensor, context in meshes:
         assert data * fsdp * tensor * context == 16
         assert 8 % (data * fsdp) == 0 and 2 % tensor == 0 and 256 % (128 * context) == 0
+
+
+TORI = {
+    "two sides": ((16, 4, 1, 1), "v5p:4x4x4", True),
+    "half a side": ((32, 2, 1, 1), "v5p:4x4x4", False),
+    "the same side twice": ((16, 16, 1, 1), "v5p:8x8x16", False),
+    "unequal sides": ((1, 64, 16, 1), "v5p:8x8x16", True),
+    "the devices of a chip": ((32, 4, 1, 1), "tpu7x:4x4x4", True),
+    "v5e is cut": ((32, 8, 1, 1), "v5e:16x16", True),
+    "v6e is not": ((32, 8, 1, 1), "v6e:16x16", False),
+}
+
+
+@pytest.mark.parametrize("sizes, topology, fits", TORI.values(), ids=TORI)
+def test_axes_are_whole_sides_of_the_torus(sizes, topology, fits):
+    assert lies_on(sizes, topology) == fits
 
 
 def test_a_sweep_drops_what_cannot_fit():

@@ -1,7 +1,9 @@
 """The chips that `compile` knows: peaks of a data sheet, not measurements."""
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Sequence
 
 from hybridjax.config import UserError
 
@@ -75,11 +77,36 @@ def chip_of(topology: str) -> Chip | None:
     return CHIPS[family]
 
 
-def devices_of(topology: str) -> int:
-    """How many JAX devices `tpu7x:4x4x4` has, by its name."""
+def sides(topology: str) -> tuple[int, ...]:
+    """The torus of JAX devices that `tpu7x:4x4x4` is: 4, 4, 4 and the 2 of a chip."""
     chip, shape = chip_of(topology), topology.partition(":")[2]
-    chips = math.prod(int(n) for n in shape.split("x"))
-    return chips * (1 if chip is None else chip.devices)
+    return (*(int(n) for n in shape.split("x")), 1 if chip is None else chip.devices)
+
+
+def lies_on(sizes: Sequence[int], topology: str) -> bool:
+    """Whether every axis of a mesh can be a product of whole sides of the torus.
+
+    Only then is each axis a ring, and only then does `jax.make_mesh` place it; it cuts the sides of
+    v5e if it must, and the CPU has none.
+    """
+    if topology.startswith(("cpu:", "v5e:")):
+        return True
+
+    def place(sizes: tuple[int, ...], left: tuple[int, ...]) -> bool:
+        if not sizes:
+            return True
+        choices = (c for n in range(len(left) + 1) for c in itertools.combinations(left, n))
+        fitting = {c for c in choices if math.prod(c) == sizes[0]}
+        return any(place(sizes[1:], _without(left, chosen)) for chosen in fitting)
+
+    return place(tuple(n for n in sizes if n > 1), sides(topology))
+
+
+def _without(values: Sequence[int], taken: Sequence[int]) -> tuple[int, ...]:
+    rest = list(values)
+    for value in taken:
+        rest.remove(value)
+    return tuple(rest)
 
 
 def unknown(topology: str, reason: str = "") -> UserError:

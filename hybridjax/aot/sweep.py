@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import jax.numpy as jnp
 
 from hybridjax.aot.bill import Bill, bill
-from hybridjax.aot.hardware import chip_of, devices_of
+from hybridjax.aot.hardware import chip_of, lies_on, sides
 from hybridjax.aot.measure import Job, Result, measure
 from hybridjax.aot.topology import Target
 from hybridjax.config import Config, MeshConfig, UserError
@@ -57,7 +57,7 @@ def sweep(
 
 def on_paper(topology: str) -> Target:
     """A topology whose devices nobody asked for: enough to divide them."""
-    return Target(topology, chip_of(topology), (None,) * devices_of(topology), 1)
+    return Target(topology, chip_of(topology), (None,) * math.prod(sides(topology)), 1)
 
 
 def promising(found: list[Estimate], target: Target) -> list[Estimate]:
@@ -97,6 +97,8 @@ def _meshes(config: Config, target: Target, job: Job) -> Iterator[MeshConfig]:
     for fsdp, tensor, context in itertools.product(divisors, repeat=3):
         data, rest = divmod(devices, fsdp * tensor * context)
         if rest or data == 0 or heads % tensor or length % (context * 128):
+            continue
+        if not lies_on((data, fsdp, tensor, context), target.name):
             continue
         # A decoding step of fewer rows than devices is replicated over data and fsdp.
         if (train and rows % (data * fsdp)) or data % target.slices:

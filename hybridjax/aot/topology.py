@@ -38,7 +38,14 @@ class Target:
     def mesh(self, config: MeshConfig) -> jax.sharding.Mesh:
         """`make_mesh`'s; of several slices, the data axis runs over them, the others within."""
         if self.slices == 1:
-            return make_mesh(config, self.devices)
+            try:
+                return make_mesh(config, self.devices)
+            except NotImplementedError as error:
+                sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
+                raise UserError(
+                    f"mesh {sizes} does not lie on the torus of {self.name}: make each axis a "
+                    "product of whole sides, or let --sweep choose"
+                ) from error
         sizes = tuple(getattr(config, axis) for axis in MESH_AXES)
         rest = len(self.devices) // int(np.prod([size for size in sizes if size > 0]))
         sizes = tuple(rest if size == -1 else size for size in sizes)
