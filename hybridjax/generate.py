@@ -127,7 +127,7 @@ def prefill(
     logits = None
     for start in range(0, longest, piece):
         part = slice(start, start + piece)
-        new, state = _read(model, tokens[:, part], segments[:, part], state, logit_base)
+        new, state = read_piece(model, tokens[:, part], segments[:, part], state, logit_base)
         # A row that ended in an earlier piece keeps the logits after its own last token.
         ended = jnp.asarray(segments[:, start] == 0)[:, None]
         logits = new if logits is None else jnp.where(ended, logits, new)
@@ -135,7 +135,7 @@ def prefill(
 
 
 @functools.partial(jax.jit, donate_argnums=3)
-def _read(model, tokens, segments, state, logit_base):
+def read_piece(model, tokens, segments, state, logit_base):
     tokens, segments = place(tokens, "batch", None), place(segments, "batch", None)
     h, state = model.extend(tokens, state, segments, logit_base)
     last = jnp.arange(tokens.shape[1]) == jnp.sum(segments, axis=1, keepdims=True) - 1
@@ -157,14 +157,14 @@ def decode(
     that is to be continued in several ways."""
     state, logits = prefix
     for step in range(MAX_POSITION):
-        tokens, state, logits = _write(
+        tokens, state, logits = write_token(
             model, state, logits, jax.random.fold_in(key, step), logit_base, sampler
         )
         yield multihost_utils.process_allgather(tokens, tiled=True)
 
 
 @functools.partial(jax.jit, static_argnums=5, donate_argnums=1)
-def _write(model, state, logits, key, logit_base, sampler):
+def write_token(model, state, logits, key, logit_base, sampler):
     tokens = sampler(logits, key)
     h, state = model.extend(tokens[:, None], state, logit_base=logit_base)
     return tokens, state, _logits(model, h)

@@ -87,11 +87,11 @@ def test_reading_scales_logits(prompts):
 
 
 def test_any_length_compiles_once(rng):
-    before = generate._read._cache_size()
+    before = generate.read_piece._cache_size()
     for length in (1, 4, 7, 30):
         state = generate.new_state(model(), 1, 40)
         generate.prefill(model(), [rng.integers(1, VOCAB, length)], state, piece=5)
-    assert generate._read._cache_size() == before + 1
+    assert generate.read_piece._cache_size() == before + 1
 
 
 def test_greedy_decoding_takes_the_likeliest_token_of_the_parallel_form(prompts):
