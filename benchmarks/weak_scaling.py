@@ -29,8 +29,8 @@ SLICES = {
     16: "v5p:2x2x4",
     64: "v5p:4x4x4",
     256: "v5p:4x8x8",
-    1024: "v5p:8x8x16",
-    4096: "v5p:16x16x16",
+    1024: "v5p:4x16x16",
+    4096: "v5p:16x16x16",  # no side of 4 for fsdp: by the formula
 }
 PRESET = "tiny,optimizer.name=adamw,model.width=512,model.layers=LLLA,model.remat=names"
 
