@@ -3,9 +3,9 @@
     python -m benchmarks.aot_table                       # every cell that is not done yet
     python -m benchmarks.aot_table --only="9b train"     # those whose name has all these words
 
-Training has 4 M tokens per step, decoding one row. Each cell gets one mesh (and, where needed, less
-rematerialisation's opposite: `remat=full`, then more microbatches), chosen by arithmetic before it
-is compiled in a process of its own. A cell that is in the results is left alone; `--again` redoes
+Training has 4 M tokens per step, decoding one row. Each cell gets one mesh (and,
+where needed, `remat=full`, then more microbatches), chosen by arithmetic before it is compiled in a
+process of its own. A cell that is in the results is left alone; `--again` redoes
 it. Writes docs/results/aot.json after each cell, and docs/results/aot.md.
 """
 

@@ -78,6 +78,9 @@ def _bound(result: Result, target: Target) -> Iterator[str]:
             f"limit: {limits.limit}; MFU at most {limits.mfu:.1%} if everything overlaps, "
             f"{limits.mfu_serial:.1%} if no collective does"
         )
+    else:
+        least = sum(result.parts.values()) * target.devices_per_chip / target.chip.hbm_bandwidth
+        yield f"weights and state read once from HBM would take {1e3 * least:.3g} ms"
     rate = result.tokens / limits.seconds
     yield f"at most {rate:,.0f} tokens/s in all, {rate / result.chips:,.0f} per chip"
     yield f"assumed: {target.chip.assumptions}; {ASSUMPTIONS}"
