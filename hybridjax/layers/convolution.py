@@ -4,7 +4,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from hybridjax.sharding import over_mesh
+from hybridjax.sharding import context_axis, over_mesh
 from pallas_kernels.causal_convolution import causal_convolution
 
 
@@ -25,16 +25,18 @@ class ShortConvolution(nnx.Module):
         tail: Float[Array, "B size-1 D"] | None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B size-1 D"]]:
         """`tail`: the inputs before the rows; returned as the inputs at their end."""
-        channels = ("batch", None, "heads")
+        rows, tails = ("batch", "length", "heads"), ("batch", None, "heads")
+        axis = context_axis(x.shape[1])
 
         def convolve(x, kernel, segments, tail):
             return causal_convolution(
-                x, kernel, segments=segments, initial_state=tail, output_final_state=True
-            )
+                x, kernel, segments=segments, initial_state=tail, output_final_state=True,
+                context_axis=axis,
+            )  # fmt: skip
 
         y, tail = over_mesh(
             convolve,
-            in_axes=(channels, ("heads", None), ("batch", None), channels),
-            out_axes=((channels, x.shape), (channels, (x.shape[0], self.size - 1, x.shape[2]))),
+            in_axes=(rows, ("heads", "taps"), ("batch", "length"), tails),
+            out_axes=((rows, x.shape), (tails, (x.shape[0], self.size - 1, x.shape[2]))),
         )(x, self.kernel[...], segments, tail)
         return jax.nn.silu(y), tail

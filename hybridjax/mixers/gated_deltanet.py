@@ -20,10 +20,10 @@ from hybridjax.layers.convolution import ShortConvolution
 from hybridjax.layers.linear import Linear, repeat_heads, split_heads
 from hybridjax.layers.norm import RMSNorm
 from hybridjax.mixers.base import Context, Mixer, new_length, place_state, state, state_field
-from hybridjax.sharding import over_mesh, place, ways
+from hybridjax.sharding import context_axis, over_mesh, place, ways
 from pallas_kernels.gated_delta_rule import gated_delta_rule
 
-_CHANNELS = ("batch", None, "heads")
+_TAIL = ("batch", None, "heads")
 
 
 @state
@@ -31,9 +31,9 @@ class GatedDeltaNetState:
     """`4 B H K V` bytes and `B (W - 1) (2 Hk K + H V)` elements, whatever the length."""
 
     recurrent: Float[Array, "B H K V"] = state_field("batch", "heads", None, None)
-    query_tail: Float[Array, "B W-1 HkK"] = state_field(*_CHANNELS)
-    key_tail: Float[Array, "B W-1 HkK"] = state_field(*_CHANNELS)
-    value_tail: Float[Array, "B W-1 HV"] = state_field(*_CHANNELS)
+    query_tail: Float[Array, "B W-1 HkK"] = state_field(*_TAIL)
+    key_tail: Float[Array, "B W-1 HkK"] = state_field(*_TAIL)
+    value_tail: Float[Array, "B W-1 HV"] = state_field(*_TAIL)
     length: Int[Array, " B"] = state_field("batch")
 
 
@@ -121,18 +121,19 @@ class GatedDeltaNet(Mixer):
         if self.heads % ways("heads"):  # a device holds the keys that its values read
             group = self.value_heads // self.heads
             q, k = repeat_heads(q, group), repeat_heads(k, group)
-        in_heads, in_state = ("batch", None, "heads", None), ("batch", "heads", None, None)
+        in_heads, in_state = ("batch", "length", "heads", None), ("batch", "heads", None, None)
+        axis = context_axis(v.shape[1])
         state_shape = (v.shape[0], self.value_heads, self.head_dim, self.value_dim)
 
         def kernel(q, k, v, beta, decay, segments, recurrent):
             return gated_delta_rule(
                 q, k, v, beta, decay, segments=segments, initial_state=recurrent,
-                l2_norm=True, output_final_state=True,
+                l2_norm=True, output_final_state=True, context_axis=axis,
             )  # fmt: skip
 
         return over_mesh(
             kernel,
-            in_axes=(in_heads,) * 3 + (_CHANNELS,) * 2 + (("batch", None), in_state),
+            in_axes=(in_heads,) * 3 + (in_heads[:3],) * 2 + (("batch", "length"), in_state),
             out_axes=((in_heads, v.shape), (in_state, state_shape)),
         )(q, k, v, beta, decay, segments, recurrent)
 

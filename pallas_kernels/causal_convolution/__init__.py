@@ -4,11 +4,13 @@
 https://arxiv.org/abs/2312.00752, section 3.4, whose `conv1d.weight` is `kernel[:, None]`).
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.causal_convolution.context import split_causal_convolution
 from pallas_kernels.dispatch import Dispatch
 
 _dispatch = Dispatch("causal_convolution", __name__, names=("reference", "xla"), best={})
@@ -21,6 +23,7 @@ def causal_convolution(
     initial_state: Float[Array, "B W-1 D"] | None = None,
     segments: Int[Array, "B T"] | None = None,
     output_final_state: bool = False,
+    context_axis: str | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B W-1 D"] | None]:
     """Each channel's last W inputs, weighted; the last column of the kernel is of the newest.
@@ -32,6 +35,9 @@ def causal_convolution(
       segments: document ids, each one contiguous run; 0 = padding. No document sees another.
         Padding leaves the state as it is, and its outputs are 0.
       output_final_state: also return the inputs up to the row's last real token.
+      context_axis: inside shard_map, the mesh axis along which rows are split: x and segments are
+        this device's contiguous part of T; the states are those of the whole row, the same on
+        every device.
       implementation: None (best for the target platform), a name, or names to try in order.
 
     Returns:
@@ -39,10 +45,11 @@ def causal_convolution(
     """
     x, kernel = jnp.asarray(x), jnp.asarray(kernel)
     _check_shapes(x, kernel, initial_state, segments)
-    y, state = _dispatch(
-        implementation, x, kernel, initial_state=initial_state, segments=segments,
-        output_final_state=output_final_state,
-    )
+    op = functools.partial(_dispatch, implementation)
+    if context_axis is not None:
+        op = functools.partial(split_causal_convolution, op, context_axis)
+    y, state = op(x, kernel, initial_state=initial_state, segments=segments,
+                  output_final_state=output_final_state)
     return y, state if output_final_state else None
 
 

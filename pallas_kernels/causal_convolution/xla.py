@@ -17,7 +17,7 @@ def causal_convolution(x, kernel, *, initial_state, segments, output_final_state
         inputs = jnp.concatenate([initial_state, x], axis=1)
         return _weighted(inputs, kernel, None, None), inputs[:, T:]
     inputs, documents = _behind_state(x, initial_state, segments)
-    state = _last(inputs, documents, segments, W) if output_final_state else None
+    state = final_state(x, initial_state, segments) if output_final_state else None
     return _weighted(inputs, kernel, documents, segments), state
 
 
@@ -48,12 +48,13 @@ def _behind_state(x, state, segments):
     return inputs, documents
 
 
-def _last(inputs, documents, segments, W):
-    """The W - 1 inputs up to the last real token, of its document; else the state again."""
-    T = segments.shape[1]
+def final_state(x, state, segments):
+    """The inputs up to the last real token, of its document; the state where there is none."""
+    inputs, documents = _behind_state(x, state, segments)
+    T, size = segments.shape[1], state.shape[1]
     last = jnp.max(jnp.where(segments != 0, np.arange(T), -1), axis=1)[:, None]
-    places = last + 1 + np.arange(W - 1)
+    places = last + 1 + np.arange(size)
     state = jnp.take_along_axis(inputs, places[..., None], axis=1)
-    document = jnp.take_along_axis(documents, last + W - 1, axis=1)
+    document = jnp.take_along_axis(documents, last + size, axis=1)
     same = jnp.take_along_axis(documents, places, axis=1) == document
     return jnp.where(same[..., None], state, 0)

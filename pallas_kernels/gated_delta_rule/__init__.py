@@ -4,6 +4,7 @@ Gated Delta Networks (Yang, Kautz & Hatamizadeh, 2024, https://arxiv.org/abs/241
 without a decay, DeltaNet (Yang et al., 2024, https://arxiv.org/abs/2406.06484), eq. 1.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Dispatch
+from pallas_kernels.gated_delta_rule.context import split_gated_delta_rule
 
 _dispatch = Dispatch("gated_delta_rule", __name__, names=("reference", "xla"), best={})
 _L2_EPS = 1e-6  # inside the square root of a sum, not of a mean
@@ -30,6 +32,7 @@ def gated_delta_rule(
     output_final_state: bool = False,
     l2_norm: bool = False,
     chunk_size: int | None = None,
+    context_axis: str | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> tuple[Float[Array, "B T Ho V"], Float[Array, "B H K V"] | None]:
     """`S_t = R_t + k_t (beta_t (v_t - k_t R_t))^T`, `o_t = scale * q_t S_t`, in f32, where
@@ -54,6 +57,9 @@ def gated_delta_rule(
       l2_norm: divide each query and key by `sqrt(|x|^2 + 1e-6)` first. Without it keys should be
         of length <= 1, or the state may grow without bound.
       chunk_size: tokens per chunk of the chunked implementations; default: their choice.
+      context_axis: inside shard_map, the mesh axis along which rows are split: arrays and segments
+        are this device's contiguous part of T; the states are those of the whole row, the same on
+        every device.
       implementation: None (best for the target platform), a name, or names to try in order.
 
     Returns:
@@ -64,11 +70,14 @@ def gated_delta_rule(
     _check_values(beta, decay, chunk_size)
     if l2_norm:
         q, k = _l2_normalised(q), _l2_normalised(k)
-    o, state = _dispatch(
-        implementation, q, k, v, beta, decay,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale, initial_state=initial_state,
-        segments=segments, output_final_state=output_final_state, chunk_size=chunk_size,
+    op = functools.partial(
+        _dispatch, implementation, scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        chunk_size=chunk_size,
     )
+    if context_axis is not None:
+        op = functools.partial(split_gated_delta_rule, op, context_axis)
+    o, state = op(q, k, v, beta, decay, initial_state=initial_state, segments=segments,
+                  output_final_state=output_final_state)
     return o, state if output_final_state else None
 
 

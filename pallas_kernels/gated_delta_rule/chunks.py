@@ -31,7 +31,7 @@ class Weights(NamedTuple):
 def cut(x: Array, n: int, C: int) -> Array:
     """[B, T, H, ...] -> [S, n, B, H, C, ...]; T padded with zeros."""
     x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % (n * C))] + [(0, 0)] * (x.ndim - 2))
-    x = x.reshape(x.shape[0], -1, n, C, *x.shape[2:])
+    x = x.reshape(x.shape[0], x.shape[1] // (n * C), n, C, *x.shape[2:])
     return x.transpose(1, 2, 0, 4, 3, *range(5, x.ndim))
 
 

@@ -33,16 +33,40 @@ _SPAN = 4  # chunks
 def gated_delta_rule(q, k, v, beta, decay, *, scale, initial_state, segments, output_final_state,
                      chunk_size):
     B, T, H, V = v.shape
-    K = q.shape[-1]
     if T <= _FEW:
         return reference.gated_delta_rule(
             q, k, v, beta, decay, scale=scale, initial_state=initial_state, segments=segments,
             output_final_state=output_final_state, chunk_size=None, unroll=T)
+    q = reference.queries_per_state(q, H)
+    o, state = _by_chunks(scale, q, k, v, beta, decay, initial_state, segments, chunk_size)
+    o = jnp.moveaxis(o.reshape(*o.shape[:4], q.shape[3], -1, V), -2, -3)
+    return chunks.joined(o, T).reshape(B, T, -1, V), state
+
+
+def affine_map(k, v, beta, decay, segments):
+    """M [B, H, K, K] and U [B, H, K, V] of the row, to which `S_out = M S_in + U`.
+
+    The columns of a state do not meet: one more for each key, with no value, from the identity.
+    """
+    (B, T, H, V), K = v.shape, k.shape[-1]
+    dtype = _accumulator(v)
+    nothing = jnp.zeros((B, H, K, V), dtype)
+    eye = jnp.broadcast_to(jnp.eye(K, dtype=dtype), (B, H, K, K))
+    values = jnp.concatenate([v, jnp.zeros((B, T, H, K), v.dtype)], axis=-1)
+    no_queries = jnp.zeros((B, T, H, 0, K), k.dtype)
+    state = jnp.concatenate([nothing, eye], axis=-1)
+    _, state = _by_chunks(1.0, no_queries, k, values, beta, decay, state, segments, None)
+    return state[..., V:], state[..., :V]
+
+
+def _by_chunks(scale, q, k, v, beta, decay, initial_state, segments, chunk_size):
+    """q is [B, T, H, R, K]; outputs are [S, n, B, H, R C, V]."""
+    T, H = v.shape[1:3]
     C = _power_of_two(min(T, chunk_size or 64))
     N = -(-T // C)
     n = -(-N // -(-N // _SPAN))  # as even as possible
-    q = chunks.cut(reference.queries_per_state(q, H), n, C)  # [S, n, B, H, C, R, K]
-    q = jnp.moveaxis(q, -2, -3).reshape(*q.shape[:4], -1, K)  # a group's queries: more rows
+    q = jnp.moveaxis(chunks.cut(q, n, C), -2, -3)
+    q = q.reshape(*q.shape[:4], q.shape[4] * C, q.shape[-1])  # a group's queries: more rows
     k = chunks.cut(reference.keys_per_state(k, H), n, C)
     v, beta = chunks.cut(v, n, C), chunks.cut(beta, n, C)
     decay = jnp.zeros_like(beta) if decay is None else chunks.cut(decay, n, C)
@@ -50,9 +74,7 @@ def gated_delta_rule(q, k, v, beta, decay, *, scale, initial_state, segments, ou
     if initial_state is None:
         initial_state = jnp.zeros_like(k[0, 0, :, :, 0, :, None] * v[0, 0, :, :, 0, None, :])
     initial_state = initial_state.astype(_accumulator(v))
-    o, state = _chunked(float(scale), (q, k, v, beta, decay), documents, initial_state)
-    o = jnp.moveaxis(o.reshape(*o.shape[:4], -1, C, V), -2, -3)
-    return chunks.joined(o, T).reshape(B, T, -1, V), state
+    return _chunked(float(scale), (q, k, v, beta, decay), documents, initial_state)
 
 
 def _power_of_two(size: int) -> int:
@@ -140,7 +162,8 @@ class _Span(NamedTuple):
     def over_queries(self, rows):
         """The sum over a group's queries of rows [n, B, H, RC, *]."""
         C = self.k.shape[-2]
-        return rows.reshape(*rows.shape[:3], -1, C, rows.shape[-1]).sum(-3)
+        group = rows.shape[-2] // C
+        return rows.reshape(*rows.shape[:3], group, C, rows.shape[-1]).sum(-3)
 
 
 def _pass_states(span, state):
