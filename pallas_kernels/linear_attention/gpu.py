@@ -61,7 +61,9 @@ def linear_attention(q, k, v, decay, *, scale, initial_state, segments, output_f
     _refuse_arguments(q, k, v, chunk_size)
     B, T, H, _ = q.shape
     K, V = q.shape[-1], v.shape[-1]
-    decay = jnp.broadcast_to(jnp.asarray(decay, jnp.float32), (B, T, H))
+    # The barrier: else the compiler computes what a constant decay gives for all B T H tokens.
+    decay = lax.optimization_barrier(jnp.asarray(decay, jnp.float32))
+    decay = jnp.broadcast_to(decay, (B, T, H))
     if segments is not None:
         decay = jnp.where(segments[..., None] != 0, decay, 0)
         segments = _chunks(segments[..., None], C)
@@ -177,7 +179,8 @@ def _split(b, x, weights, state, splits=None) -> Float[Array, "B H S K X"]:
     splits = splits or _splits(B * H * x.shape[-1] // COLUMNS, N)
     if splits == 1:
         return state[:, :, None]
-    added = chunk_pass("states", None, b, x, weights, splits=splits)["state"]
+    added = chunk_pass(
+        "dstates" if weights.reverse else "states", None, b, x, weights, splits=splits)["state"]
     per = -(-N // splits)
     keep = jnp.pad(weights.keep, [(0, 0), (0, 0), (0, splits * per - N)], constant_values=1)
     keep = keep.reshape(B, H, splits, per).prod(-1)

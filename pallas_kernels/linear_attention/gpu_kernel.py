@@ -5,9 +5,9 @@
 
 A thread block of one warpgroup takes one head and 64 columns of x, holds the state [K, 64] in f32
 registers (64 of a thread's at K = 128) and walks over the chunks of its split; TMA loads run a
-chunk ahead. The largest kernel uses under 113 kB of shared memory and 256 registers but for those
-that serve the decay's gradient, so two blocks fit in an SM and hide each other's waits. Operands
-of wgmma are bf16 (the state and the weighted x are rounded), sums f32.
+chunk ahead. Two blocks fit in an SM and hide each other's waits (one of dq and dk, where K or V is
+128 and the decay wants a gradient): docs/results/static_kernels_gpu.md. Operands of wgmma are bf16
+(the state and the weighted x are rounded for them), sums f32.
 """
 
 import functools
