@@ -11,9 +11,9 @@ update') is (keep' keep, keep' update + update'). So a scan of the maps over the
 state that enters each; it moves O(B H K V) numbers however long the rows are.
 
 The maps are made first, and the op then runs once, from the state that enters. The other order
-(the op from zero, then the entering state's part of the outputs) costs as many products but passes
-over q and twice over o where this passes over k and v, rounds o twice, and cannot begin the
-exchange before the op has ended; here all work of the op within chunks can hide it.
+(the op from zero, then the entering state's part of the outputs) costs as many products. But it
+passes over q and twice over o where this passes over k and v, rounds o twice, and cannot begin the
+exchange before the op has ended; here the XLA form's work within chunks can hide the exchange.
 
 The gradient is the transposed scan, from the op's own gradient by its initial state.
 """
@@ -67,7 +67,6 @@ def split_linear_attention(
     return o, from_last_device(state, axis) if output_final_state else None
 
 
-@jax.checkpoint  # what the gradient needs besides the arguments is cheap to make again
 def _affine_map(
     k: Float[Array, "B T H K"],
     v: Float[Array, "B T H V"],
