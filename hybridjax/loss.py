@@ -1,15 +1,17 @@
 """The next-token loss, with logits made a slice of tokens at a time."""
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from hybridjax.layers.embedding import head_logits
 from hybridjax.models.decoder import Decoder
-from hybridjax.sharding import place, ways
+from hybridjax.sharding import RULES, over_mesh, place, ways
 
-SLICE = 2**24  # logits per device that may exist at once
+SLICE = 2**26  # logits per device that may exist at once
 
 
 def next_token_loss(
@@ -22,37 +24,47 @@ def next_token_loss(
     """Weighted sum over tokens of cross-entropy + z_loss * logsumexp² (arXiv 2204.02311, §5).
 
     `[B, T, vocab]` never exists for a large vocabulary: slices of the tokens are scanned, and
-    their logits are made again in the backward pass.
+    their logits are made again in the backward pass. Each device scans its own tokens, so that the
+    head is gathered, and its gradient summed over devices, once and not for each slice.
 
     Returns:
       the sum, each token's cross-entropy in nats, and whether the target was the likeliest token.
     """
+    tokens = ("batch", "length")
+    targets, weights = place(targets, *tokens), place(weights, *tokens)
+    head = place(model.head_kernel().astype(h.dtype), None, "vocab")
+    losses, nats, hit = over_mesh(
+        functools.partial(_token_losses, z_loss),
+        in_axes=((None, "vocab"), (*tokens, None), tokens),
+        out_axes=((tokens, targets.shape),) * 3,
+        cut=RULES.batch + RULES.length,
+    )(head, h, targets)
+    return jnp.sum(weights * losses), nats, hit
 
-    def loss(h, targets, weights):
-        logits = model.logits(h)
+
+def _token_losses(
+    z_loss: float,
+    head: Float[Array, "D vocab"],
+    h: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"]]:
+    """For each token its loss, its cross-entropy and whether the target was the likeliest."""
+
+    def losses(h, targets):
+        logits = head_logits(h, head)
         log_z = jax.nn.logsumexp(logits, axis=-1)
         target_logit = _pick(logits, targets)
         nats = log_z - target_logit
         hit = target_logit >= jnp.max(logits, axis=-1)
-        total = jnp.sum(weights * (nats + z_loss * jnp.square(log_z)))
-        return total, nats, hit.astype(jnp.float32)
+        return nats + z_loss * jnp.square(log_z), nats, hit.astype(jnp.float32)
 
-    # As the stream is: a choice of each token's logit would else be made on every device for all.
-    targets, weights = (place(x, "batch", "length") for x in (targets, weights))
-    batch, length = targets.shape
-    count = _slices(batch // ways("batch", batch), length // ways("length", length), model)
+    count = _slices(*targets.shape, head.shape[1] // ways("vocab", head.shape[1]))
     if count == 1:
-        return loss(h, targets, weights)
-
-    def body(total, slice):
-        value, nats, hit = jax.checkpoint(loss)(*slice)
-        return total + value, (nats, hit)
-
-    # Strided slices, so that each device keeps its own part of the sequence in every one.
-    split = lambda x: jnp.moveaxis(x.reshape(x.shape[0], -1, count, *x.shape[2:]), 2, 0)
-    join = lambda x: jnp.moveaxis(x, 0, 2).reshape(targets.shape)
-    total, (nats, hit) = jax.lax.scan(body, 0.0, (split(h), split(targets), split(weights)))
-    return total, join(nats), join(hit)
+        return losses(h, targets)
+    split = lambda x: jnp.moveaxis(x.reshape(x.shape[0], count, -1, *x.shape[2:]), 1, 0)
+    join = lambda x: jnp.moveaxis(x, 0, 1).reshape(targets.shape)
+    body = lambda _, part: (None, jax.checkpoint(losses)(*part))
+    return jax.tree.map(join, jax.lax.scan(body, None, (split(h), split(targets)))[1])
 
 
 def _pick(logits: Float[Array, "B T vocab"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
@@ -61,9 +73,7 @@ def _pick(logits: Float[Array, "B T vocab"], targets: Int[Array, "B T"]) -> Floa
     return jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
 
 
-def _slices(batch: int, length: int, model: Decoder) -> int:
-    """The smallest number of equal slices of a device's `length` tokens of each row that keeps
-    each below `SLICE` logits."""
-    vocab = model.embedding.table.shape[0]
-    wanted = math.ceil(batch * length * vocab / ways("vocab", vocab) / SLICE)
+def _slices(batch: int, length: int, vocab: int) -> int:
+    """The smallest number of equal slices of the length that keeps each below `SLICE` logits."""
+    wanted = math.ceil(batch * length * vocab / SLICE)
     return next((n for n in range(wanted, length) if length % n == 0), length)

@@ -33,6 +33,11 @@ class ShardingRules:
     vocab: tuple[str, ...] = ("tensor",)
     taps: tuple[str, ...] = ()  # of a convolution
 
+    def mesh_axes(self, axis: str, mesh) -> tuple[str, ...]:
+        """The mesh axes of a logical axis; not those over which `over_mesh` has cut already."""
+        names = getattr(self, axis)
+        return tuple(n for n in names if mesh.shape[n] > 1 and n not in mesh.manual_axes)
+
     def spec(self, axes: Sequence[str | None], shape: Sequence[int], mesh) -> P:
         """The partition of an array with these logical axes and this shape.
 
@@ -43,8 +48,7 @@ class ShardingRules:
         """
         entries, used = [], set()
         for axis, size in zip(axes, shape, strict=True):
-            names = () if axis is None else getattr(self, axis)
-            names = tuple(n for n in names if mesh.shape[n] > 1)
+            names = () if axis is None else self.mesh_axes(axis, mesh)
             ways = math.prod(mesh.shape[n] for n in names)
             if size % ways:
                 if size > 1:  # one token, as in decoding, is not meant to be split
@@ -137,13 +141,17 @@ def parameter_axes(parameter: nnx.Param) -> tuple[str | None, ...]:
 
 
 def over_mesh(
-    f: Callable, in_axes: Sequence[Sequence[str | None] | None], out_axes: Sequence
+    f: Callable,
+    in_axes: Sequence[Sequence[str | None] | None],
+    out_axes: Sequence,
+    cut: Sequence[str] = MESH_AXES,
 ) -> Callable:
     """`f` run on each device's part of its arguments: the only way to call an opaque kernel.
 
     Args:
       in_axes: for each argument its logical axes, or None for an argument that is None.
       out_axes: `(axes, shape)` of the result, or a tuple of such pairs.
+      cut: the mesh axes over which the arguments are cut; `f` sees the mesh of the others.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -152,15 +160,22 @@ def over_mesh(
     def spec_of(axes, shape):
         return P() if axes is None else RULES.spec(axes, shape, mesh)
 
+    def cut_of(spec):
+        names = lambda entry: entry if isinstance(entry, tuple) else (entry,)
+        return P(*(tuple(n for n in names(entry) if n in cut) or None for entry in spec))
+
     def call(*args):
-        specs = tuple(
+        specs = [
             None if x is None else spec_of(axes, jnp.shape(x))
             for x, axes in zip(args, in_axes, strict=True)
-        )
-        single = isinstance(out_axes[0][0], str | None)
-        out = spec_of(*out_axes) if single else tuple(spec_of(*pair) for pair in out_axes)
+        ]
         placed = [x if x is None else jax.reshard(x, s) for x, s in zip(args, specs, strict=True)]
-        return jax.shard_map(f, in_specs=specs, out_specs=out, check_vma=False)(*placed)
+        ins = tuple(s if s is None else cut_of(s) for s in specs)
+        single = isinstance(out_axes[0][0], str | None)
+        outs = [cut_of(spec_of(*pair)) for pair in ([out_axes] if single else out_axes)]
+        how = dict(axis_names=set(cut), check_vma=False)
+        whole = jax.shard_map(f, in_specs=ins, out_specs=outs[0] if single else tuple(outs), **how)
+        return whole(*placed)
 
     return call
 
@@ -171,7 +186,8 @@ def ways(axis: str, size: int | None = None) -> int:
     Given its size, 1 too where they do not divide it, for then it is replicated.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    count = 1 if mesh.empty else math.prod(mesh.shape[n] for n in getattr(RULES, axis))
+    names = () if mesh.empty else RULES.mesh_axes(axis, mesh)
+    count = math.prod(mesh.shape[n] for n in names)
     return 1 if size is not None and size % count else count
 
 

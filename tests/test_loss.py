@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,20 +7,18 @@ import pytest
 
 from hybridjax import loss
 from hybridjax.config import MeshConfig
-from hybridjax.layers.embedding import head_logits
 from hybridjax.loss import next_token_loss
 from hybridjax.sharding import make_mesh, place
 
 
 class Head:
-    """The part of a decoder that the loss reads: a table, and logits from it."""
+    """The part of a decoder that the loss reads."""
 
     def __init__(self, table):
         self.table = table
-        self.embedding = self
 
-    def logits(self, h):
-        return head_logits(h, self.table.T)
+    def head_kernel(self):
+        return self.table.T
 
 
 def arguments(rng, batch=2, length=12, width=8, vocab=40):
@@ -74,6 +74,19 @@ def test_slices_of_rows_split_over_devices(rng, monkeypatch, length):
         found = jax.device_get(jax.jit(lambda *a: value_and_grad(*a))(*args))
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
     jax.tree.map(close, found, expected)
+
+
+def test_the_head_is_gathered_once_for_all_slices(rng, monkeypatch):
+    h, table, *rest = arguments(rng, batch=4, vocab=48)
+    monkeypatch.setattr(loss, "SLICE", 100)
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))):
+        args = (place(h, "batch", "length", None), place(table, "vocab", "embed"), *rest, 0.01)
+        text = jax.jit(lambda *a: value_and_grad(*a)).lower(*args).compile().as_text()
+    lines = [line for line in text.splitlines() if re.search(r" all-[a-z-]+\(", line)]
+    in_slices = [line for line in lines if "while/body" in line]
+    head = re.compile(r"f32\[(8,24|24,8)\]")  # a device's part of the vocabulary
+    assert in_slices and any(head.search(line) for line in lines)  # over `tensor`, of the softmax
+    assert not any(head.search(line) for line in in_slices)
 
 
 def test_the_logits_of_a_large_vocabulary_never_exist(monkeypatch):

@@ -23,10 +23,6 @@ class Embedding(nnx.Module):
         out = current_spec(("batch", "length", None), (*tokens.shape, table.shape[1]))
         return table.at[tokens].get(out_sharding=out)
 
-    def attend(self, h: Float[Array, "B T D"]) -> Float[Array, "B T vocab"]:
-        """Logits of a tied output head, in f32."""
-        return head_logits(h, self.table[...].T)
-
 
 def head_logits(h: Float[Array, "B T D"], kernel: Float[Array, "D vocab"]) -> Array:
     """`h W` accumulated in f32, sharded over the vocabulary."""

@@ -119,9 +119,10 @@ class Decoder(nnx.Module):
         return self.norm(h)
 
     def logits(self, h: Float[Array, "B T D"]) -> Float[Array, "B T vocab"]:
-        if self.head is None:
-            return self.embedding.attend(h)
-        return head_logits(h, self.head[...])
+        return head_logits(h, self.head_kernel())
+
+    def head_kernel(self) -> Float[Array, "D vocab"]:
+        return self.embedding.table[...].T if self.head is None else self.head[...]
 
     # ------------------------------------------------------------ decoding
 
