@@ -148,10 +148,7 @@ def agree(settings: Mapping[str, Any]) -> None:
     Raises:
       UserError: on every process, if any two of them differ.
     """
-    if jax.process_count() == 1:
-        return
-    mine = _dotted(settings)
-    everyone = [json.loads(text) for text in _gather(json.dumps(mine))]
+    everyone = [json.loads(text) for text in gather(json.dumps(_dotted(settings)))]
     for process, theirs in enumerate(everyone):
         keys = everyone[0].keys() | theirs.keys()
         different = sorted(k for k in keys if everyone[0].get(k) != theirs.get(k))
@@ -170,7 +167,10 @@ def _dotted(tree: Mapping[str, Any]) -> dict[str, str]:
     return {name(path): repr(leaf) for path, leaf in leaves}
 
 
-def _gather(text: str) -> list[str]:
+def gather(text: str) -> list[str]:
+    """The text of every process, on every process."""
+    if jax.process_count() == 1:
+        return [text]
     data = np.frombuffer(text.encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.int32(len(data)))
     padded = np.pad(data, (0, lengths.max() - len(data)))
