@@ -101,17 +101,17 @@ def _environment_names_others() -> bool:
 
 
 def _initialize(address: str | None, count: int | None, process: int | None, timeout: int) -> bool:
-    """False where jax finds no cluster. jax aborts if the others do not come; we end before that,
-    with a line."""
+    """False where jax finds no cluster.
+
+    If the others do not come, jax aborts without a line; so we end the process before that.
+    """
     where = address or "that the environment names"
     who = "" if process is None else f" as process {process} of {count}"
-    late = threading.Timer(
-        timeout,
-        lambda: _exit(
-            f"not all processes met at the coordinator {where} within {timeout} s{who}: check that "
-            "process 0 runs there, that the port is open, and that every process was started"
-        ),
+    fault = (
+        f"not all processes met at the coordinator {where} within {timeout} s{who}: check that "
+        "process 0 runs there, that the port is open, and that every process was started"
     )
+    late = threading.Timer(timeout, _exit, (fault,))
     late.daemon = True
     late.start()
     try:
@@ -122,10 +122,13 @@ def _initialize(address: str | None, count: int | None, process: int | None, tim
             initialization_timeout=timeout + LATER,
             heartbeat_timeout_seconds=flags.FLAGS.lost_after + LATER,
         )
-    except (ValueError, RuntimeError) as error:
-        if address is None and "coordinator_address should be defined" in str(error):
-            return False
+    except (OSError, RuntimeError, ValueError) as error:
         line = str(error).strip().partition("\n")[0]
+        if address is None and "coordinator_address should be defined" in line:
+            return False
+        if address is None and isinstance(error, OSError):  # a TPU host without a metadata server
+            logging.getLogger("hybridjax").warning(f"this run is one process: no cluster ({line})")
+            return False
         raise UserError(f"cannot join the coordinator {where}{who} ({line})") from error
     finally:
         late.cancel()

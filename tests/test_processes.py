@@ -397,11 +397,15 @@ def test_killed_again_and_again(start, tmp_path):
     settings = ("--config.checkpoint.every=2", "--config.steps=60", "--lost_after=10")
     command = lambda name: (*TRAIN, f"--workdir={tmp_path}/{name}", *settings)
     assert codes(start(*command("whole")).ended()) == [0, 0]
+    resumed = 0
     for _ in range(20):
-        victim, batch, delay = rng.randrange(2), rng.randrange(1, 5), rng.uniform(0, 0.1)
+        victim, batch = rng.randrange(2), rng.randrange(1, 6)
+        delay = rng.uniform(0, rng.choice((0.1, 3.0)))  # half of them during a save
         acts = {victim: {batch: (delay, signal.SIGKILL)}}
         ended = start(*command("killed"), acts=acts).ended()
         assert ended[victim].code == -signal.SIGKILL and ended[1 - victim].code != 0, ended
+        resumed += "resumed at step" in ended[0].text
+    assert resumed
     assert codes(start(*command("killed")).ended()) == [0, 0]
     assert end_state(tmp_path / "killed") == end_state(tmp_path / "whole")
 
