@@ -203,7 +203,9 @@ def _restore(
             fault = f"checkpoint {candidate} in {workdir} cannot be loaded: {error}"
             if error.alone:
                 set_aside(candidate, alone=True)
-                raise UserError(f"{fault}; start again, to use the one before") from error
+                raise UserError(
+                    f"{fault}; start the training again, to use the one before"
+                ) from error
             logging.getLogger("hybridjax").warning(fault)
         else:
             for newer in damaged:

@@ -105,13 +105,16 @@ def _initialize(address: str | None, count: int | None, process: int | None, tim
 
     If the others do not come, jax aborts without a line; so we end the process before that.
     """
-    where = address or "that the environment names"
     who = "" if process is None else f" as process {process} of {count}"
-    fault = (
-        f"not all processes met at the coordinator {where} within {timeout} s{who}: check that "
-        "process 0 runs there, that the port is open, and that every process was started"
-    )
-    late = threading.Timer(timeout, _exit, (fault,))
+
+    def give_up() -> None:
+        _exit(
+            f"not all processes met at the coordinator {_private_state().coordinator_address} "
+            f"within {timeout} s{who}: check that process 0 runs there, that the port is open, and "
+            "that every process was started"
+        )
+
+    late = threading.Timer(timeout, give_up)
     late.daemon = True
     late.start()
     try:
@@ -129,6 +132,7 @@ def _initialize(address: str | None, count: int | None, process: int | None, tim
         if address is None and isinstance(error, OSError):  # a TPU host without a metadata server
             logging.getLogger("hybridjax").warning(f"this run is one process: no cluster ({line})")
             return False
+        where = _private_state().coordinator_address
         raise UserError(f"cannot join the coordinator {where}{who} ({line})") from error
     finally:
         late.cancel()
@@ -151,7 +155,7 @@ def agree(settings: Mapping[str, Any]) -> None:
     Raises:
       UserError: on every process, if any two of them differ.
     """
-    everyone = [json.loads(text) for text in gather(json.dumps(_dotted(settings)))]
+    everyone = [json.loads(text) for text in _gather(json.dumps(_dotted(settings)))]
     for process, theirs in enumerate(everyone):
         keys = everyone[0].keys() | theirs.keys()
         different = sorted(k for k in keys if everyone[0].get(k) != theirs.get(k))
@@ -170,7 +174,7 @@ def _dotted(tree: Mapping[str, Any]) -> dict[str, str]:
     return {name(path): repr(leaf) for path, leaf in leaves}
 
 
-def gather(text: str) -> list[str]:
+def _gather(text: str) -> list[str]:
     """The text of every process, on every process."""
     if jax.process_count() == 1:
         return [text]
