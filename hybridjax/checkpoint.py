@@ -16,12 +16,13 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
@@ -131,11 +132,14 @@ class Checkpoints:
         self._last = found[1]
         return found
 
-    def _set_aside(self, step: int) -> None:
-        if jax.process_index() == 0:
-            path = self._directory / str(step)
-            path.replace(self._directory.parent / f"damaged_checkpoint_{step}")
-        self._checkpointer.reload()
+    def _set_aside(self, step: int, alone: bool = False) -> None:
+        path = self._directory / str(step)
+        if alone or jax.process_index() == 0:
+            with suppress(FileNotFoundError):  # another process may be faster
+                path.replace(self._directory.parent / f"damaged_checkpoint_{step}")
+        if not alone:
+            multihost_utils.sync_global_devices(f"checkpoint {step} is set aside")
+            self._checkpointer.reload()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -171,7 +175,11 @@ def update_metadata(workdir: str | os.PathLike, step: int, updates: Mapping[str,
 
 
 class _Damaged(Exception):
-    pass
+    """`alone`: the other processes may have found nothing, and wait for this one in Orbax."""
+
+    def __init__(self, fault: str, alone: bool = False):
+        super().__init__(fault)
+        self.alone = alone and jax.process_count() > 1
 
 
 def _restore(
@@ -180,7 +188,7 @@ def _restore(
     abstract_state: Any,
     data: Any,
     step: int | None,
-    set_aside: Callable[[int], None] = lambda step: None,
+    set_aside: Callable[..., None] = lambda step, alone=False: None,
 ) -> tuple[Any, int, dict[str, Any]]:
     steps = [checkpoint.step for checkpoint in checkpointer.checkpoints]
     if step is not None and step not in steps:
@@ -193,6 +201,11 @@ def _restore(
         except _Damaged as error:
             damaged.append(candidate)
             fault = f"checkpoint {candidate} in {workdir} cannot be loaded: {error}"
+            if error.alone:
+                set_aside(candidate, alone=True)
+                raise UserError(
+                    f"{fault}; start the training again, to use the one before"
+                ) from error
             logging.getLogger("hybridjax").warning(fault)
         else:
             for newer in damaged:
@@ -215,7 +228,8 @@ def _load(checkpointer, step: int, abstract_state: Any, data: Any) -> tuple[Any,
     except (UserError, _Damaged):
         raise
     except Exception as error:  # Orbax, TensorStore, JSON and the file system each have their own
-        raise _Damaged(f"its files are torn or missing: {reason(_root(error))}") from error
+        fault = f"its files are torn or missing: {reason(_root(error))}"
+        raise _Damaged(fault, alone=True) from error
     for name in wanted:
         if _checksum(parts[name]) != record["checksums"][name]:
             raise _Damaged(f"the bits of {name} have changed")
@@ -317,10 +331,10 @@ def _silent_coroutines() -> Iterator[None]:
             try:
                 yield
             except _Damaged as error:
-                fault = str(error)  # the traceback would keep the coroutines
+                fault = _Damaged(str(error), error.alone)  # the traceback would keep the coroutines
             else:
                 return
             gc.collect()
-            raise _Damaged(fault)
+            raise fault
     finally:
         sys.unraisablehook = hook

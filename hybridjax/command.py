@@ -69,7 +69,9 @@ def prepare_jax() -> None:
     _keep_freed_memory()
     try:
         jax.devices()
-    except RuntimeError:
+    except RuntimeError as error:
+        if jax.distributed.is_initialized():  # the others may have found theirs
+            raise UserError(f"this process finds no devices: {_one_line(error)}") from error
         jax.config.update("jax_platforms", "cpu")
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if cache is None:

@@ -272,8 +272,14 @@ def load_prefix(path: str, model: Decoder) -> Prefix:
         raise UserError(
             f"{path} holds the state of another model: save it again, with the model of --workdir"
         )
-    leaves = [jax.device_put(arrays[name], x.sharding) for name, x in _named(wanted).items()]
+    leaves = [_like(x, arrays[name]) for name, x in _named(wanted).items()]
     return jax.tree.unflatten(jax.tree.structure(wanted), leaves)
+
+
+def _like(wanted: jax.ShapeDtypeStruct, x: Array) -> Array:
+    """`x` on the mesh that is set, of which `wanted` knows only the axes."""
+    mesh, spec = jax.sharding.get_mesh(), wanted.sharding.spec if wanted.sharding else P()
+    return x if mesh.empty else jax.device_put(x, jax.NamedSharding(mesh, spec))
 
 
 @contextlib.contextmanager

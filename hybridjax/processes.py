@@ -101,17 +101,20 @@ def _environment_names_others() -> bool:
 
 
 def _initialize(address: str | None, count: int | None, process: int | None, timeout: int) -> bool:
-    """False where jax finds no cluster. jax aborts if the others do not come; we end before that,
-    with a line."""
-    where = address or "that the environment names"
+    """False where jax finds no cluster.
+
+    If the others do not come, jax aborts without a line; so we end the process before that.
+    """
     who = "" if process is None else f" as process {process} of {count}"
-    late = threading.Timer(
-        timeout,
-        lambda: _exit(
-            f"not all processes met at the coordinator {where} within {timeout} s{who}: check that "
-            "process 0 runs there, that the port is open, and that every process was started"
-        ),
-    )
+
+    def give_up() -> None:
+        _exit(
+            f"not all processes met at the coordinator {_private_state().coordinator_address} "
+            f"within {timeout} s{who}: check that process 0 runs there, that the port is open, and "
+            "that every process was started"
+        )
+
+    late = threading.Timer(timeout, give_up)
     late.daemon = True
     late.start()
     try:
@@ -122,10 +125,14 @@ def _initialize(address: str | None, count: int | None, process: int | None, tim
             initialization_timeout=timeout + LATER,
             heartbeat_timeout_seconds=flags.FLAGS.lost_after + LATER,
         )
-    except (ValueError, RuntimeError) as error:
-        if address is None and "coordinator_address should be defined" in str(error):
-            return False
+    except (OSError, RuntimeError, ValueError) as error:
         line = str(error).strip().partition("\n")[0]
+        if address is None and "coordinator_address should be defined" in line:
+            return False
+        if address is None and isinstance(error, OSError):  # a TPU host without a metadata server
+            logging.getLogger("hybridjax").warning(f"this run is one process: no cluster ({line})")
+            return False
+        where = _private_state().coordinator_address
         raise UserError(f"cannot join the coordinator {where}{who} ({line})") from error
     finally:
         late.cancel()
@@ -148,10 +155,7 @@ def agree(settings: Mapping[str, Any]) -> None:
     Raises:
       UserError: on every process, if any two of them differ.
     """
-    if jax.process_count() == 1:
-        return
-    mine = _dotted(settings)
-    everyone = [json.loads(text) for text in _gather(json.dumps(mine))]
+    everyone = [json.loads(text) for text in _gather(json.dumps(_dotted(settings)))]
     for process, theirs in enumerate(everyone):
         keys = everyone[0].keys() | theirs.keys()
         different = sorted(k for k in keys if everyone[0].get(k) != theirs.get(k))
@@ -171,6 +175,9 @@ def _dotted(tree: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _gather(text: str) -> list[str]:
+    """The text of every process, on every process."""
+    if jax.process_count() == 1:
+        return [text]
     data = np.frombuffer(text.encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.int32(len(data)))
     padded = np.pad(data, (0, lengths.max() - len(data)))

@@ -43,7 +43,7 @@ def open_run(workdir: str | pathlib.Path, step: int | None = None) -> Run:
     Raises `UserError` where there is no run, or no checkpoint that can be read.
     """
     config = typed(load_config(workdir))
-    jax.set_mesh(_mesh(config.mesh))
+    jax.set_mesh(nearest_mesh(config.mesh))
     new_model = lambda: place_parameters(Decoder(config.model, jax.random.key(0)))
     abstract = jax.jit(new_model).eval_shape()
     model, step, metadata = restore_model(workdir, abstract, step)
@@ -51,7 +51,7 @@ def open_run(workdir: str | pathlib.Path, step: int | None = None) -> Run:
     return Run(pathlib.Path(workdir), config, model, tokenizer, step, metadata)
 
 
-def _mesh(wanted: MeshConfig) -> jax.sharding.Mesh:
+def nearest_mesh(wanted: MeshConfig) -> jax.sharding.Mesh:
     """The run's mesh, or the nearest that the devices here allow."""
     try:
         return make_mesh(wanted)

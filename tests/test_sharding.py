@@ -26,6 +26,7 @@ from hybridjax.mixers.base import Context
 from hybridjax.optimizer import make_optimizer
 from hybridjax.sharding import MESH_AXES, RULES, make_mesh
 from hybridjax.train import make_train_step, new_model, new_state, put_batch
+from hybridjax.workdir import nearest_mesh
 
 
 def abstract_mesh(**sizes):
@@ -94,17 +95,33 @@ def test_mesh_sizes(config, sizes):
 @pytest.mark.parametrize(
     "config, fault",
     (
-        (MeshConfig(data=3), "does not fit 8 devices"),
-        (MeshConfig(fsdp=3), "does not fit 8 devices"),
-        (MeshConfig(tensor=16), "does not fit 8 devices"),
+        (MeshConfig(data=3), "does not fit 8 devices: set --config.mesh.data=2 or 4$"),
+        (MeshConfig(fsdp=3), "does not fit 8 devices: set --config.mesh.fsdp=2 or 4$"),
+        (MeshConfig(tensor=16), "does not fit 8 devices: set --config.mesh.tensor=8$"),
+        (MeshConfig(fsdp=4, tensor=3), r"\(2 are left for it\): set --config.mesh.tensor=2$"),
+        (MeshConfig(data=2, fsdp=2), "uses 4 of 8 devices: set --config.mesh.data=4 or another"),
         (MeshConfig(fsdp=-1), "at most one axis may be -1"),
-        (MeshConfig(tensor=0), "does not fit 8 devices"),
+        (MeshConfig(tensor=0), "does not fit 8 devices: set --config.mesh.tensor=1$"),
     ),
-    ids=("too few", "no divisor", "too many", "two rests", "none"),
+    ids=("too few", "no divisor", "too many", "what is left", "not all", "two rests", "none"),
 )
 def test_a_mesh_that_does_not_fit_is_refused(config, fault):
     with pytest.raises(UserError, match=fault):
         make_mesh(config)
+
+
+@pytest.mark.parametrize(
+    "trained, here",
+    (
+        (MeshConfig(), (8, 1, 1, 1)),
+        (MeshConfig(data=1, fsdp=64, tensor=2), (1, 4, 2, 1)),
+        (MeshConfig(data=2, fsdp=-1, tensor=3, context=16), (1, 1, 1, 8)),
+    ),
+    ids=("fits", "a part", "no part"),
+)
+def test_a_model_that_was_trained_elsewhere_gets_the_nearest_mesh(trained, here, caplog):
+    assert tuple(nearest_mesh(trained).shape.values()) == here
+    assert len(caplog.messages) == (here != (8, 1, 1, 1))
 
 
 # ---------------------------------------------------------------- numbers on eight devices
