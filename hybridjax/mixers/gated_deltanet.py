@@ -94,16 +94,10 @@ class GatedDeltaNet(Mixer):
         return self.query_convolution, self.key_convolution, self.value_convolution
 
     def _mix(self, x, recurrent, tails, ctx):
-        projections = self.query, self.key, self.value
-        (q, k, v), tails = zip(
-            *(
-                convolve(project(x), ctx.segments, tail)
-                for project, convolve, tail in zip(
-                    projections, self._convolutions, tails, strict=True
-                )
-            ),
-            strict=True,
-        )
+        rows = [project(x) for project in (self.query, self.key, self.value)]
+        parts = zip(self._convolutions, rows, tails, strict=True)
+        convolved = [convolve(row, ctx.segments, tail) for convolve, row, tail in parts]
+        (q, k, v), tails = zip(*convolved, strict=True)
         q, k = split_heads(q, self.head_dim), split_heads(k, self.head_dim)
         v, gate = split_heads(v, self.value_dim), split_heads(self.gate(x), self.value_dim)
         o, recurrent = self._recur(q, k, v, *self._gates(x), ctx.segments, recurrent)

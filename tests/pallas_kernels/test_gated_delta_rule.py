@@ -10,6 +10,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.gated_delta_rule import gated_delta_rule
+from pallas_kernels.gated_delta_rule.shapes import SHAPES
 from pallas_kernels.gated_delta_rule.triangular import unit_lower_inverse
 
 op = jax.jit(gated_delta_rule, static_argnames=(
@@ -235,6 +236,17 @@ def test_memory_grows_with_length_not_its_square():
     slope = (peak(65536) - peak(32768)) / 32768
     assert slope < 20 * 4 * 32  # bytes per token: q, k, v, o and their gradients are 8 rows
     assert peak(65536) < 2.5 * peak(32768)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_outputs_and_gradients_have_the_types_of_published_shapes(name):
+    shape, arrays = SHAPES[name], SHAPES[name].arrays(B=2, T=4096)
+    o, state = jax.eval_shape(with_state, **arrays)
+    assert (o.shape, o.dtype) == (arrays["v"].shape, jnp.bfloat16)
+    assert (state.shape, state.dtype) == ((2, shape.value_heads, shape.K, shape.V), jnp.float32)
+    loss = lambda arrays: gated_delta_rule(**arrays)[0].astype(jnp.float32).sum()
+    types = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    assert types(jax.eval_shape(jax.grad(loss), arrays)) == types(arrays)
 
 
 # ---------------------------------------------------------------- faults
