@@ -16,23 +16,24 @@ import re
 import tempfile
 from pathlib import Path
 
-_DUMP = Path(tempfile.mkdtemp(prefix="static_kernels_"))
-os.environ |= {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "JAX_PLATFORMS": "cpu",
-    "LIBTPU_INIT_ARGS": f"--xla_mosaic_dump_to={_DUMP} --xla_jf_dump_to={_DUMP} "
-                        "--xla_jf_dump_llo_text=true",
-}
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["DUMP"] = tempfile.mkdtemp(prefix="static_kernels_")
+os.environ["LIBTPU_INIT_ARGS"] = (
+    "--xla_mosaic_dump_to={0} --xla_jf_dump_to={0} --xla_jf_dump_llo_text=true"
+).format(os.environ["DUMP"])
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from pallas_kernels.linear_attention import tpu, xla
+from pallas_kernels.linear_attention import tpu_kernels, xla
 from pallas_kernels.linear_attention.decay import alibi_slopes
+
+_DUMP = Path(os.environ["DUMP"])
 
 # Name: topology, HBM bytes per second and clock per core (peak FLOPs / FLOPs per cycle; v6e's is
 # taken to be v5p's). None: not published.
@@ -43,7 +44,7 @@ CHIPS = {
     "tpu7x": ("tpu7x:2x2x1", 7380e9 / 2, None),
 }
 H, K, V = 8, 128, 128
-TILES = [(128, 1, 1), (128, 1, 4), (128, 2, 4), (128, 4, 4), (256, 1, 4), (256, 2, 4)]
+TILES = [(128, 1, 1), (128, 1, 4), (128, 4, 4), (256, 2, 4)]
 CHOSEN = {"v5e": (128, 4, 4), "v5p": (128, 4, 4), "v6e": (256, 2, 4), "tpu7x": (256, 2, 4)}
 KINDS = {
     "constant": dict(token_decay=False, packed=False),
@@ -64,7 +65,7 @@ def compile_for(chip: str, f, *args):
     return jax.jit(f).trace(*args).lower().compile()
 
 
-def kernel_arguments(plan: tpu.Plan, backward: bool):
+def kernel_arguments(plan: tpu_kernels.Plan, backward: bool):
     T = 4 * plan.block
     array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
     rows = array(1, T // plan.chunk, H // plan.heads, plan.rows, plan.chunk)
@@ -78,12 +79,12 @@ def kernel_arguments(plan: tpu.Plan, backward: bool):
 
 def meter(chip: str, tile: tuple[int, int, int], direction: str, kind: str) -> dict:
     chunk, chunks, heads = tile
-    plan = tpu.Plan(heads, chunk, chunks, scale=K**-0.5, exact=False, **KINDS[kind])
+    plan = tpu_kernels.Plan(heads, chunk, chunks, scale=K**-0.5, exact=False, **KINDS[kind])
     backward = direction == "backward"
     if backward:
-        f = lambda *x: tpu._backward(plan, *x, decay_gradient=plan.token_decay)
+        f = lambda *x: tpu_kernels.backward(plan, *x, decay_gradient=plan.token_decay)
     else:
-        f = lambda *x: tpu._forward(plan, *x, keep_states=False)
+        f = lambda *x: tpu_kernels.forward(plan, *x, keep_states=False)
     compile_for(chip, f, *kernel_arguments(plan, backward))
     return dict(op="linear_attention", chip=chip, direction=direction, decay=kind, chunk=chunk,
                 chunks=chunks, heads=heads) | read_schedule(f"linear_attention_{direction}",
@@ -97,9 +98,10 @@ def read_schedule(kernel: str, tokens: int) -> dict:
                   if re.match(rf"\d+-{kernel}[.\d]*-\d+-{passname}\.txt$", x.name)]
         return file.read_text(errors="replace").splitlines()
 
-    bundles = [line for line in read("final_bundles") if re.match(r"\s*(0x[0-9a-f]+|0)\s", line)]
-    in_loop = [line for line in bundles if re.match(r"\s*(0x[0-9a-f]+|0)[^{]*>", line)]
-    regions = re.findall(r"ordinal=(\d+) before=\d+ after=(\d+)", "\n".join(read("region-expansion")))
+    in_loop = [line for line in read("final_bundles")
+               if re.match(r"\s*(0x[0-9a-f]+|0)[^{]*>", line)]
+    regions = re.findall(r"ordinal=(\d+) before=\d+ after=(\d+)",
+                         "\n".join(read("region-expansion")))
     # Regions 0 and 1 enclose everything; the largest other one is the loop's body.
     cycles = max(int(after) for ordinal, after in regions if int(ordinal) > 1)
     if cycles < len(in_loop):
@@ -157,13 +159,16 @@ def hbm_bound(chip: str, direction: str) -> float | None:
 def table(results: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     lines = [
-        "# Static figures of the TPU kernels", "",
-        f"`python -m benchmarks.static_kernels`: {versions}. bfloat16, K = V = {K}, {H} heads.",
-        "Cycles are per token and head. A tile is tokens per chunk x chunks x heads of a grid step;",
-        "the tile that is used is marked. Static: waits for HBM are not timed and the bodies of",
-        "`pl.when` count as taken (with a constant decay, one that fills in weights runs in three",
-        "grid steps only). `HBM` is the time to move the arrays, in cycles at the assumed clock.",
-        "`XLA` is the compiler's estimate for `xla.py`, HBM time included.", "",
+        "# Static figures of the TPU kernels",
+        "",
+        f"`python -m benchmarks.static_kernels`: {versions}.",
+        f"bfloat16, K = V = {K}, {H} heads. Cycles are per token and head. A tile is tokens per",
+        "chunk x chunks x heads of a grid step; the tile that is used is marked. Static: waits for",
+        "HBM are not timed and the bodies of `pl.when` count as taken (with a constant decay, one",
+        "that fills in weights runs in three grid steps only). `HBM` is the time to move the",
+        "arrays, in cycles at the assumed clock.",
+        "`XLA` is the compiler's estimate for `xla.py`, HBM time included.",
+        "",
         "| chip | direction | decay | tile | cycles | HBM | XLA | matrix unit | spills | busiest |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -182,25 +187,28 @@ def table(results: dict) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("docs/results/static_kernels"))
-    parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS))
+    parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS),
+                        help="the others' rows are kept")
     parser.add_argument("--sweep", nargs="*", choices=CHIPS, default=["v5e", "v6e"],
-                        help="chips for which every tile is measured, not only the one in use")
+                        help="chips for which other tiles than the one in use are measured too")
     args = parser.parse_args()
-    results = dict(
-        versions={name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")},
-        rows=[],
-        hbm={chip: {d: hbm_bound(chip, d) for d in ("forward", "backward")} for chip in args.chips},
-        xla={chip: {} for chip in args.chips})
+    file = args.output.with_suffix(".json")
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
+    results = dict(versions=versions, rows=[], hbm={}, xla={})
+    if file.exists() and (old := json.loads(file.read_text()))["versions"] == versions:
+        results = old
+    results["rows"] = [row for row in results["rows"] if row["chip"] not in args.chips]
     for chip in args.chips:
+        results["hbm"][chip] = {d: hbm_bound(chip, d) for d in ("forward", "backward")}
+        results["xla"][chip] = {d: estimate_xla(chip, d) for d in ("forward", "backward")}
         for direction in ("forward", "backward"):
-            results["xla"][chip][direction] = estimate_xla(chip, direction)
             runs = [(CHOSEN[chip], kind) for kind in KINDS]
             if chip in args.sweep:
                 runs += [(tile, "constant") for tile in TILES if tile != CHOSEN[chip]]
             for tile, kind in runs:
                 results["rows"].append(meter(chip, tile, direction, kind))
                 print(json.dumps(results["rows"][-1]), flush=True)
-                args.output.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    file.write_text(json.dumps(results, indent=1) + "\n")
     args.output.with_suffix(".md").write_text(table(results))
 
 

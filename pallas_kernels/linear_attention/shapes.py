@@ -12,7 +12,7 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
-    # HypeNet (https://arxiv.org/abs/2601.22156): Lightning layers of Qwen3-1.7B, -4B and -8B bodies.
+    # HypeNet (https://arxiv.org/abs/2601.22156): Lightning layers in Qwen3's bodies.
     "hypenet-2b": Shape(H=16, K=128, V=128),
     "hypenet-5b": Shape(H=32, K=128, V=128),
     "hypenet-9b": Shape(H=32, K=128, V=128, T=32768),
