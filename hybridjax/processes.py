@@ -6,6 +6,8 @@ anything.
 
     --coordinator=HOST:PORT --processes=N --process=I    where no cluster says it
 
+The variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say the same.
+
 Every process gives a sign of life, with the last step it has completed, to all the others. One
 that is silent, one that has failed and a step that does not end are each reported in one line by
 all the others, which then end with exit code 1, so that whatever started them can start them again.
@@ -36,6 +38,7 @@ PER_PROCESS = 0.02  # seconds more for each process, so that process 0 can serve
 TICK = 0.2  # seconds between two looks at the clocks
 LATER = 60  # seconds by which jax's own limits, which abort without a line, are later than ours
 KEYS = "hybridjax/processes/"
+VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 _watch: "Watch | None" = None
 
@@ -64,7 +67,7 @@ def start(preemptible: bool) -> None:
       UserError: only some of the flags are given, or the environment's cluster is not usable.
     """
     global _watch
-    given = {n: getattr(flags.FLAGS, n) for n in ("coordinator", "processes", "process")}
+    given = _given()
     missing = [f"--{name}" for name, value in given.items() if value is None]
     if 0 < len(missing) < 3:
         raise UserError(f"{' and '.join(missing)} not given: give all of --{', --'.join(given)}")
@@ -82,6 +85,16 @@ def start(preemptible: bool) -> None:
     if state.process_id > 0:  # what process 0 says is enough
         sys.stdout = open(os.devnull, "w")
         logging.getLogger("hybridjax").setLevel(logging.ERROR)
+
+
+def _given() -> dict[str, str | int | None]:
+    """By the flags, or by the variables of a launcher that numbers the processes itself."""
+    names = ("coordinator", "processes", "process")
+    by_flags = {name: getattr(flags.FLAGS, name) for name in names}
+    address, *counts = (os.environ.get(variable) for variable in VARIABLES)
+    if any(x is not None for x in by_flags.values()) or not (address and all(counts)):
+        return by_flags
+    return dict(zip(names, (address, *map(int, counts)), strict=True))
 
 
 def _environment_names_others() -> bool:

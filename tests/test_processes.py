@@ -390,6 +390,23 @@ def test_where_other_processes_are_looked_for(environment, others):
         assert processes._environment_names_others() == others
 
 
+VARIABLES = dict(zip(processes.VARIABLES, ("h:1", "4", "2"), strict=True))
+GIVEN = {
+    "nothing": ({}, {}, (None, None, None)),
+    "variables": (VARIABLES, {}, ("h:1", 4, 2)),
+    "flags go first": (VARIABLES, dict(process=0), (None, None, 0)),
+    "an address alone": ({"JAX_COORDINATOR_ADDRESS": "h:1"}, {}, (None, None, None)),
+}
+
+
+@pytest.mark.parametrize("environment, given, expected", GIVEN.values(), ids=GIVEN)
+def test_what_numbers_the_processes(environment, given, expected, monkeypatch):
+    values = dict.fromkeys(("coordinator", "processes", "process")) | given
+    monkeypatch.setattr(processes.flags, "FLAGS", types.SimpleNamespace(**values))
+    with mock.patch.dict(os.environ, environment, clear=True):
+        assert tuple(processes._given().values()) == expected
+
+
 @pytest.mark.slow
 def test_killed_again_and_again(start, tmp_path):
     """Any process, at any moment, many of them during a save."""
