@@ -32,7 +32,8 @@ def mesh_of(monkeypatch):
 
     def mesh_of(chip, devices=1):
         topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip])
-        return Mesh(np.array(topology.devices[:devices]), ("data",), axis_types=(AxisType.Explicit,))
+        devices = np.array(topology.devices[:devices])
+        return Mesh(devices, ("data",), axis_types=(AxisType.Explicit,))
 
     return mesh_of
 
