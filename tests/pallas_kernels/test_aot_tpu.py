@@ -30,9 +30,10 @@ def mesh_of(monkeypatch):
     ).items():
         monkeypatch.setenv(name, os.environ.get(name, value))
 
-    def mesh_of(chip):
+    def mesh_of(chip, devices=1):
         topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip])
-        return Mesh(np.array(topology.devices[:1]), ("data",), axis_types=(AxisType.Explicit,))
+        devices = np.array(topology.devices[:devices])
+        return Mesh(devices, ("data",), axis_types=(AxisType.Explicit,))
 
     return mesh_of
 
@@ -91,4 +92,22 @@ def test_odd_shapes_compile(chip, T, width, dtype, segments, decay, mesh_of):
 def test_tpu_kernels_are_the_default_on_tpu(mesh_of):
     shape = SHAPES["tiny"]._replace(T=64)
     text = compile_gradients(mesh_of("v5e"), shape, jnp.bfloat16, implementation=None)
+    assert kernels(text) == {"forward", "backward"}
+
+
+def test_compiles_in_a_sharded_scan_with_remat(mesh_of):
+    """As mixers call it: shard_map in a checkpointed scan over layers."""
+    mesh = mesh_of("v5e", devices=4)
+    spec = P("data")
+    x = jax.ShapeDtypeStruct((4, 64, 2, 32), jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+    gains = jax.ShapeDtypeStruct((3,), jnp.bfloat16, sharding=NamedSharding(mesh, P()))
+    op = jax.shard_map(lambda x: linear_attention(x, x, x, -alibi_slopes(2))[0],
+                       in_specs=spec, out_specs=spec, check_vma=False)
+
+    def loss(x, gains):
+        layer = jax.checkpoint(lambda x, gain: (op(gain * x), None))
+        return (jax.lax.scan(layer, x, gains)[0].astype(jnp.float32) ** 2).sum()
+
+    with jax.set_mesh(mesh):
+        text = jax.jit(jax.grad(loss)).trace(x, gains).lower().compile().as_text()
     assert kernels(text) == {"forward", "backward"}
