@@ -153,6 +153,7 @@ def test_streams_part_the_documents():
 
 def test_each_stream_is_saved_once_and_resumes_on_other_processes(mixture, tmp_path):
     before = parts(mixture, 4, 2)
+    assert [part.rows for part in before] == [range(0, 4), range(4, 8)]  # and reads no others
     for part in before:
         for _ in range(3):
             next(part)
