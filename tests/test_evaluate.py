@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import pathlib
-from types import SimpleNamespace
 from unittest import mock
 
 import jax
@@ -36,16 +35,15 @@ class Unigram:
     scores: jax.Array
     best: float = dataclasses.field(default=NO_SCALING, metadata={"static": True})
 
-    @property
-    def embedding(self):
-        return SimpleNamespace(table=self.scores[:, None])
-
     def hidden(self, tokens, ctx):
         sharpness = 1 + jnp.abs(jnp.log(ctx.logit_base) - math.log(self.best)) / 4
         return jnp.broadcast_to(sharpness, (*tokens.shape, 1))
 
+    def head_kernel(self):
+        return self.scores[None]
+
     def logits(self, h):
-        return self.scores * h
+        return h @ self.head_kernel()
 
 
 @jax.tree_util.register_dataclass
@@ -69,10 +67,10 @@ class Finder(Unigram):
             match = same & asked & near & (s < t)
             following = jnp.roll(tokens, -1, axis=1) + (self.slip == digit)
             found = jnp.max(jnp.where(match, following[:, None], found[:, :, None]), axis=2)
-        return found[..., None]
+        return 9.0 * jax.nn.one_hot(found, self.scores.size)
 
-    def logits(self, h):
-        return 9.0 * jax.nn.one_hot(h[..., 0], self.scores.size)
+    def head_kernel(self):
+        return jnp.eye(self.scores.size)
 
 
 def scores(rng):
