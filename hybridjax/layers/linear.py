@@ -1,12 +1,14 @@
 """Linear maps, sharded by the logical axes of their kernels."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from hybridjax.config import UserError
-from hybridjax.sharding import current_spec, place, ways
+from hybridjax.sharding import RULES, current_spec, over_mesh, place, ways
 
 
 class Linear(nnx.Module):
@@ -26,12 +28,67 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(shape[1]), axes=axes[1:]) if bias else None
 
     def __call__(self, x: Float[Array, "B T in"]) -> Float[Array, "B T out"]:
-        axes = [None if axis == "embed" else axis for axis in self.kernel.get_metadata()["axes"]]
-        kernel = place(self.kernel[...].astype(x.dtype), *axes)
-        y = project(x, kernel, axes[1])
+        axes = tuple(self.kernel.get_metadata()["axes"])
+        y = gathered_project(x, self.kernel[...].astype(x.dtype), axes)
         if self.bias is not None:
-            y = y + place(self.bias[...].astype(x.dtype), axes[1])
+            y = y + place(self.bias[...].astype(x.dtype), _whole(axes[1]))
         return y
+
+
+def gathered_project(
+    x: Float[Array, "B T in"], kernel: Float[Array, "in out"], axes: tuple[str, str]
+) -> Float[Array, "B T out"]:
+    """`x W`, with the kernel gathered along its `embed` axis (FSDP)."""
+    rows, ways_of_rows = x.shape[:2], ways("batch") * ways("length")
+    cut = ways("batch", rows[0]) * ways("length", rows[1]) == ways_of_rows
+    if cut and ways("embed", kernel.shape[axes.index("embed")]) > 1:
+        return _scattering_project(x, kernel, axes)
+    return _project_whole(x, kernel, axes)
+
+
+def _project_whole(x, kernel, axes):
+    return project(x, place(kernel, *map(_whole, axes)), _whole(axes[1]))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _scattering_project(x, kernel, axes):
+    """The same, with the kernel's gradient scattered as it is summed.
+
+    Otherwise every device gets the sum of the whole gradient and cuts its part out of it, which
+    sends about twice as much; XLA joins the two for few meshes and layouts only.
+    """
+    return _project_whole(x, kernel, axes)
+
+
+def _forward(x, kernel, axes):
+    return _project_whole(x, kernel, axes), (x, kernel)
+
+
+def _backward(axes, residuals, dy):
+    x, kernel = residuals
+    gathered = place(kernel, *map(_whole, axes))
+    dx = jnp.einsum("bto,io->bti", dy, gathered, out_sharding=jax.typeof(x).sharding)
+    mesh = jax.sharding.get_abstract_mesh()
+    over = [RULES.mesh_axes(axis, mesh) for axis in ("batch", "length", "embed")]
+    scattered = over.pop()
+    summed = tuple(n for names in over for n in names if n not in scattered)
+
+    def gradient(x, dy):
+        dw = jnp.einsum("bti,bto->io", x, dy)
+        dw = jax.lax.psum_scatter(
+            dw, scattered, scatter_dimension=axes.index("embed"), tiled=True
+        )
+        return jax.lax.psum(dw, summed)
+
+    in_axes = tuple(("batch", "length", _whole(axis)) for axis in axes)
+    return dx, over_mesh(gradient, in_axes, (axes, kernel.shape))(x, dy)
+
+
+_scattering_project.defvjp(_forward, _backward)
+
+
+def _whole(axis: str | None) -> str | None:
+    return None if axis == "embed" else axis
 
 
 def project(
