@@ -133,11 +133,11 @@ def test_a_split_cache_is_saved_and_forked(prompts, tmp_path):
     with jax.set_mesh(make_mesh(MeshConfig(data=2, context=4))):
         sharded = place_parameters(model("AW"))
         state = generate.new_state(sharded, 1, 24)
-        cache = state.layers.groups[0][0][0].keys
-        assert cache.addressable_shards[0].data.shape == (1, 1, 6, 2, 8)
+        cache = state.layers[0][0].keys
+        assert cache.addressable_shards[0].data.shape == (1, 6, 2, 8)
         generate.save_prefix(path, generate.prefill(sharded, [prefix], state, piece=4))
         loaded = generate.load_prefix(path, sharded)
-        assert loaded[0].layers.groups[0][0][0].keys.sharding == cache.sharding
+        assert loaded[0].layers[0][0].keys.sharding == cache.sharding
         state, _ = generate.fork(loaded, 2)
         asked = generate.prefill(sharded, questions, state, piece=4)
         stream = generate.decode(sharded, asked, jax.random.key(0), GREEDY)

@@ -66,9 +66,9 @@ def place_state(state: Any) -> Any:
     return dataclasses.replace(state, **placed)
 
 
-def batch_axes(state: Any, stacked: bool) -> Any:
-    """The state with, for each array, the index of its batch axis; `stacked`: over layers."""
-    axes = {f.name: f.metadata["axes"].index("batch") + stacked for f in dataclasses.fields(state)}
+def batch_axes(state: Any) -> Any:
+    """The state with, for each array, the index of its batch axis."""
+    axes = {f.name: f.metadata["axes"].index("batch") for f in dataclasses.fields(state)}
     return dataclasses.replace(state, **axes)
 
 

@@ -4,7 +4,7 @@ Everything that runs over the stack is one primitive, `Decoder.fold`.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -51,17 +51,14 @@ class PerLayer:
 class DecoderState:
     """What decoding carries: a value, so it can be kept, copied and continued in several ways."""
 
-    layers: PerLayer
+    layers: tuple[tuple[Any, ...], ...]  # per letter of the stack, of each of its block's mixers
     length: Int[Array, " B"]
     max_length: int = dataclasses.field(metadata={"static": True})
 
     def batch_axes(self) -> "DecoderState":
         """For each array the index of its batch axis."""
-        groups = tuple(
-            tuple(tuple(batch_axes(s, stacked=True) for s in states) for states in group)
-            for group in self.layers.groups
-        )
-        return DecoderState(PerLayer(groups), 0, self.max_length)
+        layers = tuple(tuple(map(batch_axes, states)) for states in self.layers)
+        return DecoderState(layers, 0, self.max_length)
 
 
 class Decoder(nnx.Module):
@@ -129,8 +126,7 @@ class Decoder(nnx.Module):
     def init_state(self, batch: int, max_length: int) -> DecoderState:
         """The state before the first token, with room for `max_length` tokens per row."""
         dtype = jnp.dtype(self.dtype)
-        of = jax.vmap(lambda block: block.init_state(batch, max_length, dtype))
-        layers = PerLayer(tuple(tuple(map(of, blocks)) for blocks in self.groups))
+        layers = tuple(b.init_state(batch, max_length, dtype) for b in self._letters())
         return DecoderState(layers, place(jnp.zeros(batch, jnp.int32), "batch"), max_length)
 
     def extend(
@@ -149,26 +145,19 @@ class Decoder(nnx.Module):
         segments = jnp.ones_like(tokens) if segments is None else segments
         positions, segments = (place(x, "batch", "length") for x in (positions, segments))
         ctx = Context(positions, segments, logit_base)
-        h = self.embedding(tokens, jnp.dtype(self.dtype))
-
-        def advance(block, h, ctx, states):
+        h, layers = self.embedding(tokens, jnp.dtype(self.dtype)), []
+        # Not a fold: a scan would copy every cache out of its stack and back for each token.
+        for block, states in zip(self._letters(), state.layers, strict=True):
             h, states, ctx = block.extend(h, states, ctx)
-            return h, ctx, states
-
-        h, layers = self.fold(advance, h, ctx, states=state.layers)
+            layers.append(states)
         return self.norm(h), dataclasses.replace(
-            state, layers=layers, length=new_length(state.length, ctx)
+            state, layers=tuple(layers), length=new_length(state.length, ctx)
         )
 
     # ------------------------------------------------------------ the stack
 
     def fold(
-        self,
-        f: Callable,
-        h: Float[Array, "B T D"],
-        ctx: Context,
-        *per_layer: Any,
-        states: PerLayer | None = None,
+        self, f: Callable, h: Float[Array, "B T D"], ctx: Context, *per_layer: Any
     ) -> tuple[Float[Array, "B T D"], PerLayer]:
         """Folds `f(block, h, ctx, *extra) -> (h, ctx, out)` over the blocks, first to last.
 
@@ -178,44 +167,36 @@ class Decoder(nnx.Module):
         Args:
           per_layer: trees whose arrays lead with one entry per letter of the stack, or `PerLayer`;
             `f` gets each layer's part as `extra`.
-          states: values that the fold replaces: `f` gets each layer's before `extra`, and its
-            `out` is the new one. They are written in place, where as one of `per_layer` every
-            buffer would exist twice.
         Returns:
           the last h, and every `out`.
         """
         rest = [self._by_group(values) for values in per_layer]
-        buffers = (None,) * len(self.plan) if states is None else states.groups
         call = f
         if self.remat != "none":
             call = jax.checkpoint(lambda *args: f(*args), policy=REMAT[self.remat])
 
         outs = []
-        for group, blocks, held, *extras in zip(
-            self.plan, self.groups, buffers, *rest, strict=True
-        ):
+        for group, blocks, *extras in zip(self.plan, self.groups, *rest, strict=True):
 
-            def repeat(h, ctx, held, blocks, extras):
+            def repeat(h, ctx, blocks, extras):
                 out = []
-                for block, *extra in zip(blocks, *held, *extras, strict=True):
+                for block, *extra in zip(blocks, *extras, strict=True):
                     h, ctx, o = call(block, h, ctx, *extra)
                     out.append(o)
                 return h, ctx, tuple(out)
 
-            held, xs = () if held is None else (held,), (tuple(blocks), extras)
+            xs = tuple(blocks), extras
             if self.scan and group.repeats > 1:
 
-                def body(carry, x, ctx=ctx):
-                    (h, held), (r, x) = carry, x
-                    h, _, out = repeat(h, ctx, _at(held, r), *x)  # what it publishes ends here
-                    return ((h, _put(held, r, (out,))), None) if held else ((h, held), out)
+                def body(h, x, ctx=ctx):
+                    h, _, out = repeat(h, ctx, *x)  # what it publishes ends here
+                    return h, out
 
-                (h, held), out = jax.lax.scan(body, (h, held), (jnp.arange(group.repeats), xs))
-                out = held[0] if held else out
+                h, out = jax.lax.scan(body, h, xs)
             else:
                 each = []
                 for r in range(group.repeats):
-                    h, ctx, out = repeat(h, ctx, *_at((held, *xs), r))
+                    h, ctx, out = repeat(h, ctx, *_at(xs, r))
                     each.append(out)
                 out = jax.tree.map(lambda *x: jnp.stack(x), *each)
             outs.append(out)
@@ -234,6 +215,12 @@ class Decoder(nnx.Module):
         """Documents of a packed row start at multiples of this many tokens."""
         return max(block.align for blocks in self.groups for block in blocks)
 
+    def _letters(self) -> Iterator[Block]:
+        """The blocks, one per letter of the stack."""
+        for group, blocks in zip(self.plan, self.groups, strict=True):
+            for r in range(group.repeats):
+                yield from (_at(block, r) for block in blocks)
+
     def _by_group(self, values: Any) -> tuple[tuple[Any, ...], ...]:
         if isinstance(values, PerLayer):
             return values.groups
@@ -248,11 +235,6 @@ class Decoder(nnx.Module):
 
 def _at(tree: Any, index: Any) -> Any:
     return jax.tree.map(lambda x: x[index], tree)
-
-
-def _put(tree: Any, index: Any, values: Any) -> Any:
-    write = lambda x, value: jax.lax.dynamic_update_index_in_dim(x, value, index, axis=0)
-    return jax.tree.map(write, tree, values)
 
 
 def _apply(block: Block, h, ctx, *data):

@@ -336,5 +336,5 @@ def test_bf16_is_near_f32(rng):
     assert h.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
     error = jnp.sqrt(jnp.mean((logits - expected) ** 2) / jnp.mean(expected**2))
     assert 0 < error < 0.05
-    state = jax.eval_shape(lambda: low.init_state(1, 8)).layers.groups[0]
+    state = jax.eval_shape(lambda: low.init_state(1, 8)).layers
     assert state[1][0].keys.dtype == jnp.bfloat16 and state[0][0].recurrent.dtype == jnp.float32
