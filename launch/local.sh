@@ -55,23 +55,20 @@ trap 'signal_all INT' INT
 trap 'signal_all KILL' EXIT
 
 code=0
-reaper=
-left=$count
-while ((left)); do
-  status=0
-  wait -n -p ended "${pids[@]}" 2>/dev/null || status=$?
-  [[ -z ${ended-} ]] && continue # a signal, not an end
-  left=$((left - 1))
+deadline=
+while ((${#pids[@]})); do
   for i in "${!pids[@]}"; do
-    [[ ${pids[i]} == "$ended" ]] && unset "pids[i]" && break
+    kill -0 "${pids[i]}" 2>/dev/null && continue
+    status=0
+    wait "${pids[i]}" || status=$?
+    unset "pids[i]"
+    if ((status && !code)); then
+      code=$status
+      deadline=$((SECONDS + GRACE))
+      echo "local.sh: process $i ended with exit code $status" >&2
+    fi
   done
-  ended=
-  if ((status && !code)); then
-    code=$status
-    echo "local.sh: process $i ended with exit code $status" >&2
-    (sleep "$GRACE"; signal_all KILL) &
-    reaper=$!
-  fi
+  [[ -z $deadline ]] || ((SECONDS < deadline)) || signal_all KILL
+  sleep 0.2
 done
-[[ -z $reaper ]] || kill "$reaper" 2>/dev/null || true
 exit "$code"

@@ -314,12 +314,12 @@ def test_a_part_of_a_checkpoint_that_only_one_process_reads_is_damaged(start, tm
 
 
 def test_a_killed_process_ends_the_others_and_leaves_a_checkpoint(start, tmp_path):
-    acts, limits = {1: {5: (signal.SIGKILL,)}}, ("--lost_after=10",)
+    acts, limits = {1: {5: (signal.SIGKILL,)}}, ("--lost_after=10", "--config.checkpoint.every=1")
     first, second = start(*TRAIN, f"--workdir={tmp_path}/run", *limits, acts=acts).ended()
     assert second.code == -signal.SIGKILL
     silent = r"process 1 has been silent for 10 s, last heard of at"  # or its collective failed
     assert re.match(rf"process 0: ({silent}|INTERNAL: .* the same command resumes$)", first.error)
-    assert end_state(tmp_path / "run")["step"] == 3
+    assert end_state(tmp_path / "run")["step"] in (3, 4)  # a save waits for the one before
 
 
 def test_a_hung_step_is_noticed(start, tmp_path):

@@ -156,6 +156,7 @@ def train_step(mesh):
         return compiled, compiled(state, batch)[1]
 
 
+@pytest.mark.slow
 def test_a_train_step_holds_nothing_of_the_whole_length():
     compiled, scalars = train_step(make_mesh(MESHES["context"]))
     shapes = re.findall(r"\b[a-z]+\d*\[([\d,]+)\]", compiled.as_text())

@@ -191,12 +191,13 @@ MESHES = {
     "data, context": MeshConfig(data=2, context=4),
     "data, tensor, context": MeshConfig(data=2, tensor=2, context=2),
 }
+DEFAULT = ("all", "context", "data, tensor, context")
 
 
 @pytest.mark.parametrize(
     "mesh",
     [
-        pytest.param(mesh, id=name, marks=pytest.mark.slow if name == "data, context" else ())
+        pytest.param(mesh, id=name, marks=() if name in DEFAULT else pytest.mark.slow)
         for name, mesh in MESHES.items()
     ],
 )

@@ -88,7 +88,11 @@ def test_gradients_of_the_reference_are_finite_differences(l2_norm, rng):
 # ---------------------------------------------------------------- implementations
 
 
-@pytest.mark.parametrize("case", cases.PAIRWISE, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=str(case), marks=() if i % 2 else pytest.mark.slow)
+     for i, case in enumerate(cases.PAIRWISE)],
+)
 def test_xla_is_the_oracle(case):
     cases.assert_close(cases.run(case, "xla"), cases.oracle(case), case.dtype)
 

@@ -14,12 +14,12 @@ def first(count):
             for i, case in enumerate(TABLE)]
 
 
-@pytest.mark.parametrize("case", first(20))
+@pytest.mark.parametrize("case", first(12))
 def test_xla(case):
     assert_is_the_oracle(case, "xla")
 
 
-@pytest.mark.parametrize("case", first(8))
+@pytest.mark.parametrize("case", first(4))
 def test_tpu_interpreted(case, monkeypatch):
     monkeypatch.setattr(tpu, "target_platform", lambda: "tpu")
     monkeypatch.setattr(tpu, "_matrix_unit", lambda: 128)
