@@ -57,7 +57,8 @@ def kill_and_restart(kills, rng, workdir, *args) -> int:
     return within
 
 
-@pytest.mark.parametrize("kills", (2, pytest.param(20, marks=pytest.mark.slow)))
+@pytest.mark.slow  # tests/test_processes.py kills one of two by default
+@pytest.mark.parametrize("kills", (2, 20))
 def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, compiled, kills):
     forks.set_forkserver_preload(["hybridjax.train", "hybridjax.evaluate", "commands"])
     args = compiled, 12 + 8 * kills

@@ -35,6 +35,7 @@ TABLE = {
         dict(heads=2, head_dim=16, value_heads=4, value_dim=8, convolution=3),
     ),
 }
+SLOW = ("attention-plain", "lightning-plain")
 TOLERANCE = 2e-5  # of f32 outputs, relative to their size where that is above one
 
 
@@ -42,7 +43,11 @@ def pytest_generate_tests(metafunc):
     if "mixer" in metafunc.fixturenames:
         own = {name: _parse(name) for name in metafunc.config.getoption("--mixer")}
         table = TABLE | own
-        metafunc.parametrize("mixer", table.values(), ids=table.keys(), indirect=True)
+        rows = [
+            pytest.param(row, id=name, marks=pytest.mark.slow if name in SLOW else ())
+            for name, row in table.items()
+        ]
+        metafunc.parametrize("mixer", rows, indirect=True)
 
 
 def _parse(text):
@@ -191,7 +196,7 @@ MESHES = {
     "data, context": MeshConfig(data=2, context=4),
     "data, tensor, context": MeshConfig(data=2, tensor=2, context=2),
 }
-DEFAULT = ("all", "context", "data, tensor, context")
+DEFAULT = ("context", "data, tensor, context")
 
 
 @pytest.mark.parametrize(
