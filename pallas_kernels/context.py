@@ -64,6 +64,32 @@ def document_continues(segments: Int[Array, "B T"], axis: str) -> Bool[Array, " 
     return (first == 0) | (latest < 0) | (entering == first)
 
 
+def on_split_row(
+    op: Callable,
+    part: Summary,
+    identity: Summary,
+    continues: Bool[Array, " B"] | None,
+    axis: str,
+    initial_state: Array | None,
+    output_final_state: bool,
+) -> tuple[Array, Array | None]:
+    """`op` on this device's part of a row, from the state that enters it; the row's final state.
+
+    Args:
+      op: takes `initial_state` and `output_final_state`.
+      part: the part as a map of the state that enters its first document: called with a state, or
+        None for the row's first, it gives the state that leaves, and `then` composes two. It
+        forgets what enters where `continues` is false.
+      identity: the map of a part of no tokens.
+      continues: see `document_continues`; None where rows are whole documents.
+    """
+    state = exclusive_scan(part, type(part).then, identity, axis)(initial_state)
+    if continues is not None:
+        state = jnp.where(jnp.expand_dims(continues, range(1, state.ndim)), state, 0)
+    o, state = op(initial_state=state, output_final_state=output_final_state)
+    return o, from_last_device(state, axis) if output_final_state else None
+
+
 def from_last_device(x: Array, axis: str) -> Array:
     """The last device's `x`, on every device."""
     is_last = jax.lax.axis_index(axis) == jax.lax.axis_size(axis) - 1

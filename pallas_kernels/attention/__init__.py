@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.arguments import check_arrays
 from pallas_kernels.attention import context
 from pallas_kernels.dispatch import Dispatch
 
@@ -79,15 +80,10 @@ def _check_shapes(q, k, v, q_segments, k_segments, q_index, k_index):
         "q_segments": (q_segments, (B, T)), "k_segments": (k_segments, (B, S)),
         "q_index": (q_index, (B, T)), "k_index": (k_index, (B, S)),
     }
-    for name, (x, shape) in expected.items():
-        if x is None:
-            continue
-        if x.shape != shape:
-            raise ValueError(f"{name} must be {list(shape)} for q {list(q.shape)}, "
-                             f"got {list(x.shape)}")
-        if jnp.issubdtype(x.dtype, jnp.integer) != ("_" in name):
-            kind = "integers" if "_" in name else "floating point"
-            raise ValueError(f"{name} must be {kind}, got {x.dtype}")
+    check_arrays(
+        expected, of=f"q {list(q.shape)}",
+        integers=("q_segments", "k_segments", "q_index", "k_index"),
+    )
     if H % G:
         raise ValueError(f"query heads must be a multiple of key/value heads, got {H} and {G}")
     if (q_segments is None) != (k_segments is None):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.arguments import check_arrays
 from pallas_kernels.causal_convolution.context import split_causal_convolution
 from pallas_kernels.dispatch import Dispatch
 
@@ -66,12 +67,4 @@ def _check_shapes(x, kernel, initial_state, segments):
         "initial_state": (initial_state, (B, W - 1, D)),
         "segments": (segments, (B, T)),
     }
-    for name, (array, shape) in expected.items():
-        if array is None:
-            continue
-        if array.shape != shape:
-            raise ValueError(f"{name} must be {list(shape)} for x {list(x.shape)} and "
-                             f"kernel {list(kernel.shape)}, got {list(array.shape)}")
-        if not jnp.issubdtype(array.dtype, jnp.integer if name == "segments" else jnp.floating):
-            kind = "integers" if name == "segments" else "floating point"
-            raise ValueError(f"{name} must be {kind}, got {array.dtype}")
+    check_arrays(expected, of=f"x {list(x.shape)} and kernel {list(kernel.shape)}")

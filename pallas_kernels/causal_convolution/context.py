@@ -4,6 +4,7 @@ A part sees the W - 1 inputs before it. They may lie on several devices, for par
 than that, or padding; so what a device knows of them is composed by a scan over the devices.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,12 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.causal_convolution import xla
-from pallas_kernels.context import (
-    document_continues,
-    end_documents,
-    exclusive_scan,
-    from_last_device,
-)
+from pallas_kernels.context import document_continues, end_documents, on_split_row
 
 
 class Tail(NamedTuple):
@@ -54,11 +50,8 @@ def split_causal_convolution(
     identity = Tail(jnp.zeros_like(part.own), jnp.zeros_like(part.count))
     if initial_state is not None:
         initial_state = initial_state.astype(x.dtype)
-    state = exclusive_scan(part, Tail.then, identity, axis)(initial_state)
-    state = jnp.where(continues[:, None, None], state, 0)
-    y, state = op(x, kernel, initial_state=state, segments=segments,
-                  output_final_state=output_final_state)
-    return y, from_last_device(state, axis) if output_final_state else None
+    op = functools.partial(op, x, kernel, segments=segments)
+    return on_split_row(op, part, identity, continues, axis, initial_state, output_final_state)
 
 
 def _tail(x, size, segments, continues):

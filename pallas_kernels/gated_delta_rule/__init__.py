@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.arguments import check_arrays
 from pallas_kernels.dispatch import Dispatch
 from pallas_kernels.gated_delta_rule.context import split_gated_delta_rule
 
@@ -104,15 +105,7 @@ def _check_shapes(q, k, v, beta, decay, initial_state, segments):
         "initial_state": (initial_state, (B, H, K, V)),
         "segments": (segments, (B, T)),
     }
-    for name, (x, shape) in expected.items():
-        if x is None:
-            continue
-        if x.shape != shape:
-            raise ValueError(f"{name} must be {list(shape)} for q {list(q.shape)} and "
-                             f"v {list(v.shape)}, got {list(x.shape)}")
-        if not jnp.issubdtype(x.dtype, jnp.integer if name == "segments" else jnp.floating):
-            kind = "integers" if name == "segments" else "floating point"
-            raise ValueError(f"{name} must be {kind}, got {x.dtype}")
+    check_arrays(expected, of=f"q {list(q.shape)} and v {list(v.shape)}")
     if 0 in (T, K, V):
         raise ValueError(f"T, K and V must be at least 1, got {T}, {K} and {V}")
 

@@ -5,10 +5,11 @@ Chunks come in spans: a layout [S, n, B, H, C, ...] has S spans of n chunks of C
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+from pallas_kernels.documents import at_borders, cut_at_borders
 
 
 class Documents(NamedTuple):
@@ -42,15 +43,9 @@ def joined(x: Array, T: int) -> Array:
 
 
 def documents(segments: Int[Array, "B T"], n: int, C: int) -> Documents:
-    """A state belongs to the last document seen; before any was seen, to the row's first."""
     B, T = segments.shape
     row = jnp.pad(segments, [(0, 0), (0, -T % (n * C))])
-    real = row != 0
-    latest = jax.lax.cummax(jnp.where(real, np.arange(row.shape[1]), -1), axis=1)[:, C - 1 :: C]
-    first = jnp.argmax(real, axis=1)[:, None]
-    after = jnp.take_along_axis(row, jnp.where(latest < 0, first, latest), axis=1)
-    first = jnp.take_along_axis(row, first, axis=1)
-    before = jnp.concatenate([first, after[:, :-1]], axis=1)
+    before, after = at_borders(row, C)
     per_chunk = lambda x: x.T.reshape(-1, n, B, 1, 1)
     return Documents(cut(row[..., None], n, C), per_chunk(before), per_chunk(after))
 
@@ -68,10 +63,7 @@ def weights(decay: Float[Array, "*S B H C"], documents: Documents | None) -> Wei
     keep = read[..., -1:]
     if documents is not None:
         tokens, before, after = documents
-        real = tokens != 0
-        same = (tokens[..., :, None] == tokens[..., None, :]) & real[..., None]
+        same = (tokens[..., :, None] == tokens[..., None, :]) & (tokens != 0)[..., None]
         intra = jnp.where(same, intra, 0)
-        read = jnp.where(real & (tokens == before), read, 0)
-        write = jnp.where(real & (tokens == after), write, 0)
-        keep = jnp.where(before == after, keep, 0)
+        read, write, keep = cut_at_borders(tokens, before, after, read, write, keep)
     return Weights(intra, read[..., None], write[..., None], keep[..., None])

@@ -10,13 +10,14 @@ that enters each part; it moves O(B H K (K + V)) numbers however long the rows a
 runs once, from that state. The gradient is the transposed scan.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.context import document_continues, exclusive_scan, from_last_device
+from pallas_kernels.context import document_continues, on_split_row
 from pallas_kernels.gated_delta_rule import xla
 
 
@@ -43,13 +44,10 @@ def split_gated_delta_rule(
     part = AffineMap(*xla.affine_map(k, v, beta, decay, segments))
     continues = None
     if segments is not None:
-        continues = document_continues(segments, axis)[:, None, None, None]
-        part = part._replace(transition=jnp.where(continues, part.transition, 0))
+        continues = document_continues(segments, axis)
+        transition = jnp.where(continues[:, None, None, None], part.transition, 0)
+        part = part._replace(transition=transition)
     eye = jnp.eye(k.shape[-1], dtype=part.transition.dtype)
     identity = AffineMap(jnp.broadcast_to(eye, part.transition.shape), jnp.zeros_like(part.update))
-    state = exclusive_scan(part, AffineMap.then, identity, axis)(initial_state)
-    if continues is not None:
-        state = jnp.where(continues, state, 0)
-    o, state = op(q, k, v, beta, decay, initial_state=state, segments=segments,
-                  output_final_state=output_final_state)
-    return o, from_last_device(state, axis) if output_final_state else None
+    op = functools.partial(op, q, k, v, beta, decay, segments=segments)
+    return on_split_row(op, part, identity, continues, axis, initial_state, output_final_state)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.arguments import check_arrays
 from pallas_kernels.dispatch import Dispatch
 from pallas_kernels.linear_attention.context import split_linear_attention
 
@@ -80,15 +81,7 @@ def _check_shapes(q, k, v, decay, initial_state, segments):
         "initial_state": (initial_state, (B, H, K, v.shape[-1])),
         "segments": (segments, (B, T)),
     }
-    for name, (x, shape) in expected.items():
-        if x is None:
-            continue
-        if x.shape != shape:
-            raise ValueError(f"{name} must be {list(shape)} for q {list(q.shape)}, "
-                             f"got {list(x.shape)}")
-        if jnp.issubdtype(x.dtype, jnp.integer) != (name == "segments"):
-            kind = "integers" if name == "segments" else "floating point"
-            raise ValueError(f"{name} must be {kind}, got {x.dtype}")
+    check_arrays(expected, of=f"q {list(q.shape)}")
     if T == 0:
         raise ValueError("T must be at least 1, got 0")
 

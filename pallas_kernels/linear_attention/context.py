@@ -18,6 +18,7 @@ exchange before the op has ended; here the XLA form's work within chunks can hid
 The gradient is the transposed scan, from the op's own gradient by its initial state.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -25,12 +26,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.context import (
-    document_continues,
-    end_documents,
-    exclusive_scan,
-    from_last_device,
-)
+from pallas_kernels.context import document_continues, end_documents, on_split_row
 
 
 class AffineMap(NamedTuple):
@@ -56,15 +52,11 @@ def split_linear_attention(
     part = _affine_map(k, v, decay, segments)
     continues = None
     if segments is not None:
-        continues = document_continues(segments, axis)[:, None, None, None]
-        part = part._replace(keep=jnp.where(continues, part.keep, 0))
+        continues = document_continues(segments, axis)
+        part = part._replace(keep=jnp.where(continues[:, None, None, None], part.keep, 0))
     identity = AffineMap(jnp.ones_like(part.keep), jnp.zeros_like(part.update))
-    state = exclusive_scan(part, AffineMap.then, identity, axis)(initial_state)
-    if continues is not None:
-        state = jnp.where(continues, state, 0)
-    o, state = op(q, k, v, decay, initial_state=state, segments=segments,
-                  output_final_state=output_final_state)
-    return o, from_last_device(state, axis) if output_final_state else None
+    op = functools.partial(op, q, k, v, decay, segments=segments)
+    return on_split_row(op, part, identity, continues, axis, initial_state, output_final_state)
 
 
 def _affine_map(

@@ -48,8 +48,8 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import target_platform
+from pallas_kernels.linear_attention.chunks import in_chunks, within_documents
 from pallas_kernels.linear_attention.gpu_kernel import COLUMNS, C, Weights, chunk_pass
-from pallas_kernels.linear_attention.xla import _chunks, _documents_at_borders
 
 BLOCKS = 264  # fill an H100 or H200: two on each of 132 SMs
 
@@ -66,13 +66,13 @@ def linear_attention(q, k, v, decay, *, scale, initial_state, segments, output_f
     decay = jnp.broadcast_to(decay, (B, T, H))
     if segments is not None:
         decay = jnp.where(segments[..., None] != 0, decay, 0)
-        segments = _chunks(segments[..., None], C)
+        segments = in_chunks(segments[..., None], C)
     if initial_state is None:
         initial_state = jnp.zeros((B, H, K, V))
     pad = lambda x: jnp.pad(x, [(0, 0), (0, -T % C), (0, 0), (0, -x.shape[-1] % COLUMNS)])
     state = jnp.pad(initial_state.astype(jnp.float32),
                     [(0, 0), (0, 0), (0, -K % COLUMNS), (0, -V % COLUMNS)])
-    o, state = _attend(scale, pad(q), pad(k), pad(v), _chunks(decay, C), state, segments)
+    o, state = _attend(scale, pad(q), pad(k), pad(v), in_chunks(decay, C), state, segments)
     return o[:, :T, :, :V], state[..., :K, :V]
 
 
@@ -159,18 +159,14 @@ def _dense(gradient, shape, dtype):
 def _weights(decay, segments: Int[Array, "B 1 N C"] | None, scale) -> Weights:
     total = jnp.cumsum(decay, axis=-1)
     end = total[..., -1:]
-    read, write, keep = scale * jnp.exp(total), jnp.exp(end - total), jnp.exp(end[..., 0])
+    read, write, keep = scale * jnp.exp(total), jnp.exp(end - total), jnp.exp(end)
     documents = None
     if segments is not None:
-        before, after = _documents_at_borders(segments)
-        real = segments != 0
-        read = jnp.where(real & (segments == before), read, 0)
-        write = jnp.where(real & (segments == after), write, 0)
-        keep = jnp.where((before == after)[..., 0], keep, 0)
+        read, write, keep = within_documents(segments, read, write, keep)
         none = jnp.iinfo(segments.dtype).min
-        documents = [jnp.where(real, segments, none + n)[:, 0] for n in range(2)]
+        documents = [jnp.where(segments != 0, segments, none + n)[:, 0] for n in range(2)]
         documents = jnp.stack(documents, axis=-2).astype(jnp.int32)
-    return Weights(jnp.stack([total, read, write], axis=-2), documents, keep, scale)
+    return Weights(jnp.stack([total, read, write], axis=-2), documents, keep[..., 0], scale)
 
 
 def _split(b, x, weights, state, splits=None) -> Float[Array, "B H S K X"]:

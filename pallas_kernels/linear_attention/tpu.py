@@ -16,8 +16,8 @@ from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels.dispatch import target_platform
 from pallas_kernels.linear_attention import tpu_kernels
+from pallas_kernels.linear_attention.chunks import in_chunks, running_sum, within_documents
 from pallas_kernels.linear_attention.tpu_kernels import LANES, Plan
-from pallas_kernels.linear_attention.xla import _chunks, _documents_at_borders, running_sum
 
 
 def linear_attention(q, k, v, decay, *, scale, initial_state, segments, output_final_state,
@@ -87,7 +87,7 @@ def _running_decay(decay, plan, T, segments):
         xp = np if segments is None else jnp
         total = decay.astype(np.float32)[:, None, None] * xp.cumsum(real, axis=-1)
         return total, np.zeros(1, np.float32)
-    decay = _chunks(jnp.pad(decay.astype(jnp.float32), ((0, 0), (0, padded - T), (0, 0))), C)
+    decay = in_chunks(jnp.pad(decay.astype(jnp.float32), ((0, 0), (0, padded - T), (0, 0))), C)
     return running_sum(jnp.where(real, decay, 0))
 
 
@@ -101,12 +101,8 @@ def _weights(plan, decay, total, rest, segments):
     read, write, keep = jnp.exp(total), jnp.exp((end - total) + lost), jnp.exp(end)
     if segments is not None:
         segments = jnp.pad(segments, ((0, 0), (0, total.shape[2] * plan.chunk - segments.shape[1])))
-        segments = _chunks(segments[..., None], plan.chunk)
-        before, after = _documents_at_borders(segments)
-        real = segments != 0
-        read = jnp.where(real & (segments == before), read, 0)
-        write = jnp.where(real & (segments == after), write, 0)
-        keep = jnp.where(before == after, keep, 0)
+        segments = in_chunks(segments[..., None], plan.chunk)
+        read, write, keep = within_documents(segments, read, write, keep)
     groups = [plan.scale * read, write, jnp.broadcast_to(keep, write.shape)]
     if plan.token_decay:
         groups += [total, rest] if plan.exact else [total]

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from pallas_kernels.linear_attention.chunks import in_chunks, running_sum, within_documents
+
 
 class Weights(NamedTuple):
     """What decay and documents contribute; B and N are 1 where nothing varies along them."""
@@ -33,13 +35,13 @@ def linear_attention(q, k, v, decay, *, scale, initial_state, segments, output_f
     # Chunks as long as heads are wide: products within a chunk and with the state cost alike.
     C = min(T, chunk_size or max(32, min(v.shape[-1], 128)))
     if segments is not None:
-        segments = _chunks(segments[..., None], C)
+        segments = in_chunks(segments[..., None], C)
     if decay.ndim == 1:
         weights = _constant_decay(decay.astype(dtype), T, C, segments)
     else:
-        weights = _token_decay(_chunks(decay.astype(dtype), C), segments)
+        weights = _token_decay(in_chunks(decay.astype(dtype), C), segments)
 
-    qc, kc, vc = (_chunks(x.astype(dtype), C) for x in (q, k, v))
+    qc, kc, vc = (in_chunks(x.astype(dtype), C) for x in (q, k, v))
     o = (qc @ kc.mT * (scale * weights.intra)) @ vc
     state = None
     if T > C or initial_state is not None or output_final_state:
@@ -48,13 +50,6 @@ def linear_attention(q, k, v, decay, *, scale, initial_state, segments, output_f
         o += (qc * (scale * weights.read)) @ incoming
     o = jnp.moveaxis(o.reshape(*o.shape[:2], -1, v.shape[-1]), 1, 2)
     return o[:, :T].astype(v.dtype), state
-
-
-def _chunks(x, C):
-    """[B, T, H] -> [B, H, N, C], or [B, T, H, K] -> [B, H, N, C, K]; T padded with zeros."""
-    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % C)] + [(0, 0)] * (x.ndim - 2))
-    x = jnp.moveaxis(x, 2, 1)
-    return x.reshape(*x.shape[:2], -1, C, *x.shape[3:])
 
 
 def _pass_states(initial_state, update, keep):
@@ -100,20 +95,6 @@ def _token_decay(decay, segments):
     return _weights(intra, total, segments, rest)
 
 
-def running_sum(decay):
-    """The running sum along the last axis and, without gradient, what rounding took from it.
-
-    Differences of sums are wanted, and strong decays make them small beside the sums.
-    """
-    total = jnp.cumsum(decay, axis=-1)
-    this = jax.lax.stop_gradient(total)
-    last = jnp.pad(this, [(0, 0)] * (this.ndim - 1) + [(1, 0)])[..., :-1]
-    step = this - last
-    kept = this - step  # step + error is the exact difference (Knuth's two-sum)
-    error = (this - (step + kept)) + (kept - last)
-    return total, jnp.cumsum((jax.lax.stop_gradient(decay) - step) - error, axis=-1)
-
-
 def _weights(intra, total, segments, rest=0):
     """Weights from those within a chunk and the running sum of the decay [B, H, N, C].
 
@@ -127,28 +108,7 @@ def _weights(intra, total, segments, rest=0):
         left = jnp.where(own, 0, left + (rest[..., -1:] - rest))
     read, write, keep = xp.exp(total), xp.exp(left), xp.exp(end)
     if segments is not None:
-        before, after = _documents_at_borders(segments)
-        real = segments != 0
-        same = (segments[..., :, None] == segments[..., None, :]) & real[..., None]
+        same = (segments[..., :, None] == segments[..., None, :]) & (segments != 0)[..., None]
         intra = jnp.where(same, intra, 0)
-        read = jnp.where(real & (segments == before), read, 0)
-        write = jnp.where(real & (segments == after), write, 0)
-        keep = jnp.where(before == after, keep, 0)
+        read, write, keep = within_documents(segments, read, write, keep)
     return Weights(intra, read[..., None], write[..., None], keep[..., None])
-
-
-def _documents_at_borders(segments):
-    """The documents whose state enters and leaves each chunk, both [B, 1, N, 1].
-
-    It is the last one seen; before any was seen, the row's first, to which the initial state
-    belongs.
-    """
-    B, _, N, C = segments.shape
-    row = segments.reshape(B, N * C)
-    real = row != 0
-    latest = jax.lax.cummax(jnp.where(real, np.arange(N * C), -1), axis=1)[:, C - 1 :: C]
-    first = jnp.argmax(real, axis=1)[:, None]
-    after = jnp.take_along_axis(row, jnp.where(latest < 0, first, latest), axis=1)
-    first = jnp.take_along_axis(row, first, axis=1)
-    before = jnp.concatenate([first, after[:, :-1]], axis=1)
-    return before[:, None, :, None], after[:, None, :, None]
