@@ -17,7 +17,6 @@ from ml_collections import ConfigDict
 
 from configs import hypenet
 from hybridjax.config import choose
-from hybridjax.data.sources import source
 from hybridjax.models import block, mixer, mlp
 
 
@@ -38,23 +37,12 @@ def qwen3_next_shape() -> ConfigDict:
     linear = mixer("gated_deltanet", heads=16, head_dim=128, value_heads=32)
     full = mixer("attention", heads=16, head_dim=256, kv_heads=2, rope=True, theta=1e7)
     ffn = mlp("swiglu", hidden=11 * 512)
-    return ConfigDict(
-        dict(
-            name="gdn",
-            model=dict(
-                layers="GGGA" * 12,
-                blocks=dict(G=block(linear, mlp=ffn), A=block(full, mlp=ffn)),
-                width=2048,
-                vocab=151936,
-                dtype="bfloat16",
-                remat="names",
-            ),
-            data=dict(tokenizer="", sources=dict(text=source("parquet", path="corpus/*.parquet"))),
-            optimizer=dict(learning_rate=1e-3, schedule="wsd", warmup_steps=1000),
-            steps=40_000,
-            batch_size=128,
-            seq_len=4096,
-        )
+    return hypenet.pretraining(
+        "gdn",
+        layers="GGGA" * 12,
+        blocks=dict(G=block(linear, mlp=ffn), A=block(full, mlp=ffn)),
+        width=2048,
+        vocab=151936,
     )
 
 

@@ -87,21 +87,25 @@ def _sized(
 ) -> ConfigDict:
     shape = dict(heads=heads, head_dim=128)
     ffn = mlp("swiglu", hidden=hidden)
+    return pretraining(
+        "hypenet",
+        layers=layers,
+        blocks=dict(
+            A=block(mixer("attention", kv_heads=8, rope=False, **shape), mlp=ffn),
+            L=block(mixer("lightning", rope=True, theta=theta, **shape), mlp=ffn),
+        ),
+        width=width,
+        vocab=vocab,
+        tied=tied,
+    )
+
+
+def pretraining(name: str, **model) -> ConfigDict:
+    """A model of published size, with the recipe of the paper's models and a corpus to be named."""
     return ConfigDict(
         dict(
-            name="hypenet",
-            model=dict(
-                layers=layers,
-                blocks=dict(
-                    A=block(mixer("attention", kv_heads=8, rope=False, **shape), mlp=ffn),
-                    L=block(mixer("lightning", rope=True, theta=theta, **shape), mlp=ffn),
-                ),
-                width=width,
-                vocab=vocab,
-                tied=tied,
-                dtype="bfloat16",
-                remat="names",
-            ),
+            name=name,
+            model=dict(dtype="bfloat16", remat="names", **model),
             data=dict(tokenizer="", sources=dict(text=source("parquet", path="corpus/*.parquet"))),
             optimizer=dict(learning_rate=1e-3, schedule="wsd", warmup_steps=1000),
             steps=40_000,
