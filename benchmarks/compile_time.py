@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from configs import hypenet
+from hybridjax.aot.program import bodies
 from hybridjax.config import ModelConfig, typed
 from hybridjax.loss import next_token_loss
 from hybridjax.mixers.base import Context
@@ -42,9 +43,9 @@ def main() -> None:
     measure(tiny, 128)  # what a process does once
     print(f"{'':28} {'scan':>5} {'layers':>6} {'bodies':>6} {'trace s':>8} {'compile s':>9}")
     for name, config, length in rows:
-        bodies, trace, compile = measure(config, length)
+        count, trace, compile = measure(config, length)
         print(
-            f"{name:28} {config.scan!s:>5} {len(config.layers):6} {bodies:6} {trace:8.1f} "
+            f"{name:28} {config.scan!s:>5} {len(config.layers):6} {count:6} {trace:8.1f} "
             f"{compile:9.1f}",
             flush=True,
         )
@@ -68,9 +69,7 @@ def measure(config: ModelConfig, length: int) -> tuple[int, float, float]:
     middle = time.perf_counter()
     lowered.compile()
     end = time.perf_counter()
-    repeats = [1 if config.scan else group.repeats for group in model.plan]
-    bodies = sum(len(g.pattern) * n for g, n in zip(model.plan, repeats, strict=True))
-    return bodies, middle - start, end - middle
+    return bodies(model), middle - start, end - middle
 
 
 if __name__ == "__main__":

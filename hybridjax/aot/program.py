@@ -79,7 +79,7 @@ def _prefill(model, state, mesh, rows: int, piece: int) -> Program:
     tokens = _anywhere((rows, piece), jnp.int32, mesh)
     traced = generate.read_piece.trace(model, tokens, tokens, state, None)
     parts = {"parameters": model, "state": state}
-    return Program("prefill", traced, parts, rows * piece, bodies(model))
+    return Program("prefill", traced, parts, rows * piece, len(model.layers))
 
 
 def _decode(model, state, mesh, rows: int) -> Program:
@@ -92,7 +92,7 @@ def _decode(model, state, mesh, rows: int) -> Program:
     greedy = lambda logits, key: jnp.argmax(logits, axis=-1)
     traced = generate.write_token.trace(model, state, logits, key, None, greedy)
     parts = {"parameters": model, "state": state, "logits": logits}
-    return Program("decode", traced, parts, rows, bodies(model))
+    return Program("decode", traced, parts, rows, len(model.layers))
 
 
 def bodies(model) -> int:
