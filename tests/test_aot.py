@@ -128,7 +128,7 @@ HloModule jit_f
   %p1 = bf16[1,32]{1,0} parameter(0)
   %all-gather.2 = bf16[1,64]{1,0} all-gather(%p1), channel_id=7, replica_groups=[1,2]<=[2], dimensions={1}
   ROOT %d = bf16[1,64]{1,0} custom-call(%all-gather.2), custom_call_target="AsyncCollectiveDone"
-}
+}, execution_thread="sparsecore"
 
 ENTRY %main (w: bf16[1,32]) -> bf16[1,64] {
   %w = bf16[1,32]{1,0} parameter(0)

@@ -14,6 +14,8 @@ _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "token": 0, "opaque": 0}
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e\dm\d\w*)?)\[([\d,]*)\](?:\{([^{}]*)\})?")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([^\s=]+) = (.*)")
 _COMPUTATION = re.compile(r"(ENTRY )?%?(\S+) \(.*\{\s*$")
+# A kernel's attributes may go on for lines, and end in "}, ...": that does not end a computation.
+_END = re.compile(r'\}\s*$|\}, execution_thread="')
 _CALLED = re.compile(r"(calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
 _NO_TRAFFIC = frozenset(
     "parameter constant tuple get-tuple-element bitcast while conditional call after-all "
@@ -177,7 +179,7 @@ def parse(text: str) -> Module:
             if header and "=" not in line.partition("(")[0]:
                 current = computations[header[2]] = {}
                 entry = header[2] if header[1] else entry
-        elif line.rstrip() == "}":  # a kernel's attributes may go on for lines, and end in "}, ..."
+        elif _END.match(line):
             current = None
         elif match := _INSTRUCTION.match(line):
             instruction = _instruction(match[2], match[3], bool(match[1]))
