@@ -149,8 +149,8 @@ def _decoding(
     rows = job.rows / ways if job.rows % ways == 0 else job.rows  # replicated
     mixers = [m for block in config.model.blocks.values() for m in block.mixers]
     heads = [m.get("kv_heads") or m.get("heads", 1) for m in mixers]
-    cut = mesh.tensor if all(n % mesh.tensor == 0 for n in heads) else 1
-    state = rows * costs.state_bytes(costs.length) / (cut * mesh.context)
+    repeats = max(math.lcm(n, mesh.tensor) // n for n in heads)  # of K/V heads
+    state = rows * costs.state_bytes(costs.length) * repeats / (mesh.tensor * mesh.context)
     weights = costs.total("weight_bytes") / mesh.tensor
     flops = rows * costs.total("decode_flops") / (mesh.tensor * mesh.context)
     sent = {

@@ -24,7 +24,10 @@ _HEADS = ("heads", None)
 
 @state
 class KeyValueCache:
-    """All keys and values: `2 B S G K` elements, S = max_length; the slots split over context."""
+    """All keys and values: `2 B S G K` elements, S = max_length; the slots split over context.
+
+    Where there are more devices along tensor than K/V heads, G counts them as repeated.
+    """
 
     keys: Float[Array, "B S G K"] = state_field(*_ROWS, *_HEADS)
     values: Float[Array, "B S G K"] = state_field(*_ROWS, *_HEADS)
@@ -111,7 +114,8 @@ class Attention(Mixer):
 
     def init_state(self, batch: int, max_length: int, dtype: jnp.dtype):
         slots = max_length if self.window is None else self.window
-        buffer = jnp.zeros((batch, slots, self.kv_heads, self.head_dim), dtype)
+        heads = self.kv_heads * self._kv_repeats()
+        buffer = jnp.zeros((batch, slots, heads, self.head_dim), dtype)
         kind = KeyValueCache if self.window is None else WindowCache
         return place_state(kind(buffer, buffer, jnp.zeros(batch, jnp.int32)))
 
@@ -138,6 +142,7 @@ class Attention(Mixer):
     def _heads(self, x: Float[Array, "B T D"], ctx: Context) -> tuple[Array, Array, Array]:
         """Queries `[B, T, H, K]` and keys, values `[B, T, G, K]`, as they meet in the softmax."""
         q, k, v = self.qkv(x, ctx.positions)
+        k, v = (repeat_heads(x, self._kv_repeats()) for x in (k, v))
         if ctx.logit_base is not None:
             scale = jnp.log(ctx.positions + ctx.logit_base) / jnp.log(ctx.logit_base)
             q = (q * scale[:, :, None, None]).astype(q.dtype)
@@ -146,8 +151,6 @@ class Attention(Mixer):
     def _attend(self, q, k, v, window, q_axes, k_axes, **places) -> Float[Array, "B T HK"]:
         """`q_axes`, `k_axes`: the logical axes of queries' and of keys' batch and tokens."""
         window = self.window if window is None else window
-        repeats = _kv_repeats(self.heads, self.kv_heads)
-        k, v = repeat_heads(k, repeats), repeat_heads(v, repeats)
         names = list(places)
         axis = context_axis(k.shape[1]) if k_axes == _ROWS else None
         exchange = "merge" if axis and q_axes == _PIECE else None
@@ -169,10 +172,9 @@ class Attention(Mixer):
         o = f(*arguments, *places.values())
         return o.reshape(*q.shape[:2], -1)
 
-
-def _kv_repeats(heads: int, kv_heads: int) -> int:
-    """How often each K/V head is repeated so that every device holds those its queries read."""
-    devices = ways("heads")
-    if heads % devices:
-        return 1  # query heads are replicated, and so are K/V heads
-    return math.lcm(kv_heads, devices) // kv_heads
+    def _kv_repeats(self) -> int:
+        """How often each K/V head is repeated so that every device has those its queries read."""
+        devices = ways("heads")
+        if self.heads % devices:
+            return 1  # query heads are replicated, and so are K/V heads
+        return math.lcm(self.kv_heads, devices) // self.kv_heads

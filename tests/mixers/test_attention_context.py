@@ -27,8 +27,9 @@ MESHES = {
     "context": MeshConfig(data=1, context=8),
     "data": MeshConfig(data=2, context=4),
     "tensor": MeshConfig(data=2, tensor=2, context=2),
+    "few heads": MeshConfig(data=1, tensor=4, context=2),  # fewer K/V heads than devices
 }
-DEFAULT = {("full", "context"), ("grouped", "tensor"), ("window", "data")}
+DEFAULT = {("full", "context"), ("grouped", "few heads"), ("window", "data")}
 CASES = [
     pytest.param(
         options, mesh, id=f"{name}-{where}",
@@ -124,9 +125,14 @@ def test_split_caches_are_whole_caches(options, mesh, rng):
     with jax.set_mesh(make_mesh(mesh)):
         sharded_y, sharded = extended(place_parameters(mixer), x, PIECES)
     close(sharded_y, y)
-    jax.tree.map(close, jax.device_get(sharded), state)
+    devices, kv_heads = mesh.tensor, state.keys.shape[2]
+    repeats = max(1, devices // kv_heads)  # a head for every device along tensor
+    of_each = lambda x: x if x.ndim == 1 else x[:, :, ::repeats]
+    jax.tree.map(lambda x, y: close(of_each(x), y), jax.device_get(sharded), state)
+    part = sharded.keys.addressable_shards[0].data
+    assert part.shape[2] == kv_heads * repeats // devices
     ways = 1 if "window" in options else mesh.context
-    assert sharded.keys.addressable_shards[0].data.shape[1] == state.keys.shape[1] // ways
+    assert part.shape[1] == state.keys.shape[1] // ways
 
 
 # ---------------------------------------------------------------- a whole stack
