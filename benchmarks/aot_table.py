@@ -12,9 +12,7 @@ it. Writes docs/results/aot.json after each cell, and docs/results/aot.md.
 import argparse
 import dataclasses
 import json
-import os
 import pathlib
-import platform
 import subprocess
 import sys
 import tempfile
@@ -22,6 +20,7 @@ import time
 
 import jax
 
+from benchmarks.record import machine, save
 from configs import hypenet
 from hybridjax.aot import sweep
 from hybridjax.aot.hardware import GiB, chip_of
@@ -84,6 +83,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds per cell")
     parser.add_argument("--output", default="docs/results/aot.json")
     args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")  # nothing runs: no accelerator is taken
     output = pathlib.Path(args.output)
     results = json.loads(output.read_text()) if output.exists() else {"cells": {}}
 
@@ -185,24 +185,6 @@ def _settings(result: dict) -> str:
         return ""
     given = dict(part.split("=") for part in result["flags"][0].split(",")[1:])
     return f"{given['model.remat']}, {given['accumulate']}"
-
-
-def save(path: pathlib.Path, text: str) -> None:
-    """Replaces the file in one move, so that a stopped run leaves a whole one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def machine() -> dict[str, str]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    return dict(
-        cpu=platform.processor() or platform.machine(),
-        cores=str(os.cpu_count()),
-        jax=jax.__version__,
-        commit=commit.stdout.strip(),
-    )
 
 
 if __name__ == "__main__":

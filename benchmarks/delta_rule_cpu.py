@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import pathlib
-import time
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +23,9 @@ import torch
 import transformers
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
-from benchmarks.train_step import commit, cpu_name, spread
+from benchmarks.record import CLOCKS, commit, cpu_name, spread, take_turns
 from hybridjax import command
 from pallas_kernels.gated_delta_rule import gated_delta_rule
-
-CLOCKS = {"seconds": time.perf_counter, "cpu_seconds": time.process_time}
 
 
 def main() -> None:
@@ -48,8 +45,8 @@ def main() -> None:
     short, long = (arrays(length, **shape) for length in (args.length, args.long))
 
     check(short)
-    peers = compare(dict(ours=ours(short), pytorch=theirs(short)), args.repeats)
-    lengths = compare(dict(short=ours(short), long=ours(long)), args.repeats)
+    peers = take_turns(dict(ours=ours(short), pytorch=theirs(short)), args.repeats)
+    lengths = take_turns(dict(short=ours(short), long=ours(long)), args.repeats)
     memory = {n: memory_bytes(n, **shape) for n in (args.long // 4, args.long // 2, args.long)}
     growth = np.diff(list(memory.values())) / np.diff(list(memory)) / args.heads
     result = {
@@ -122,19 +119,6 @@ def check(arrays) -> None:
         y = expected[name].numpy()
         error = np.sqrt(np.mean((x - y) ** 2) / np.mean(y**2))
         assert error < 1e-5, (name, error)
-
-
-def compare(sides, repeats: int) -> dict[str, dict[str, list[float]]]:
-    """Times of every repeat, by side and clock; the sides take turns."""
-    times = {name: {clock: [] for clock in CLOCKS} for name in sides}
-    for repeat in range(repeats + 1):
-        for name in sorted(sides, reverse=repeat % 2 == 1):
-            start = {clock: read() for clock, read in CLOCKS.items()}
-            sides[name]()
-            for clock, read in CLOCKS.items():
-                if repeat:  # the first one compiles
-                    times[name][clock].append(read() - start[clock])
-    return times
 
 
 def memory_bytes(length: int, heads: int, width: int) -> int:

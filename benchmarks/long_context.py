@@ -11,10 +11,7 @@ out once reading took longer than `--limit`.
 import argparse
 import dataclasses
 import json
-import os
 import pathlib
-import platform
-import subprocess
 import time
 
 import jax
@@ -25,6 +22,7 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
+from benchmarks.record import machine  # noqa: E402
 from configs import hypenet  # noqa: E402
 from hybridjax import generate  # noqa: E402
 from hybridjax.config import Config, typed  # noqa: E402
@@ -124,17 +122,6 @@ def draw(results: dict, path: pathlib.Path) -> None:
     axes[0].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
-
-
-def machine() -> dict[str, str]:
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    return dict(
-        device=str(jax.devices()[0].device_kind),
-        cores=str(os.cpu_count()),
-        system=platform.platform(),
-        jax=jax.__version__,
-        commit=git.stdout.strip(),
-    )
 
 
 if __name__ == "__main__":

@@ -17,8 +17,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import platform
-import subprocess
 import time
 
 import jax
@@ -28,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.record import commit, cpu_name, spread
 from configs import hypenet
 from hybridjax import command
 from hybridjax.config import Config, typed
@@ -292,11 +291,6 @@ class Lightning(Heads):
 # ---------------------------------------------------------------- the report
 
 
-def spread(values) -> dict[str, float]:
-    low, median, high = np.percentile(values, [25, 50, 75])
-    return {"median": round(median, 3), "quartiles": [round(low, 3), round(high, 3)]}
-
-
 def report(result: dict) -> None:
     print(f"{result['network']}; {result['machine']}; {result['versions']}")
     for clock in ("tokens_per_second", "tokens_per_cpu_second"):
@@ -305,18 +299,6 @@ def report(result: dict) -> None:
             low, high = value["quartiles"]
             form = ".2f" if name == "ratio" else ",.0f"
             print(f"  {name:10} {value['median']:10{form}}   ({low:{form}} to {high:{form}})")
-
-
-def cpu_name() -> str:
-    info = pathlib.Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def commit() -> str:
-    git = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
 
 
 if __name__ == "__main__":

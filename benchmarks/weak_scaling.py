@@ -16,10 +16,11 @@ import sys
 import tempfile
 from collections.abc import Mapping
 
+import jax
 import matplotlib
 import numpy as np
 
-from benchmarks.aot_table import machine, save
+from benchmarks.record import machine, save
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds per slice")
     parser.add_argument("--output", default="docs/results/weak_scaling.json")
     args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")  # nothing runs: no accelerator is taken
     output = pathlib.Path(args.output)
     points = json.loads(output.read_text())["points"] if output.exists() else {}
 
