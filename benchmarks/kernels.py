@@ -280,6 +280,9 @@ def draw(op: str, rows: list[dict], path: pathlib.Path) -> None:
             bounds = [(r["T"], r["roofline_ms"]) for r in here if r["roofline_ms"]]
             if bounds:
                 ax.loglog(*zip(*bounds, strict=True), "k:", label="roofline")
+            lengths = sorted({r["T"] for r in here})
+            ax.set_xscale("log", base=2)
+            ax.set_xticks(lengths, [f"{T / 1024:g}K" for T in lengths], minor=False)
             ax.spines[["top", "right"]].set_visible(False)
         column[0].set_title(shape, fontsize=9)
         column[1].set_xlabel("tokens")
