@@ -1,6 +1,7 @@
-"""Seconds and memory against context length: HypeNet beside a Transformer of the same size.
+"""Seconds and memory against context length: hybrids beside a Transformer of the same size.
 
-    python -m benchmarks.long_context --preset=tiny --twin=tiny-transformer
+    python -m benchmarks.long_context
+    python -m benchmarks.long_context --models hypenet:tiny hypenet:tiny-transformer
 
 Weights are random: neither time nor memory depends on them. For each length: reading a prompt in
 pieces, writing a token after it, and the bytes of the state. The slope is that of a straight line
@@ -10,6 +11,7 @@ out once reading took longer than `--limit`.
 
 import argparse
 import dataclasses
+import importlib
 import json
 import pathlib
 import time
@@ -22,8 +24,7 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-from benchmarks.record import machine  # noqa: E402
-from configs import hypenet  # noqa: E402
+from benchmarks.record import machine, save  # noqa: E402
 from hybridjax import generate  # noqa: E402
 from hybridjax.config import Config, typed  # noqa: E402
 from hybridjax.models.decoder import Decoder  # noqa: E402
@@ -45,33 +46,57 @@ class Point:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", default="tiny", help="of configs/hypenet.py, with overrides")
-    parser.add_argument("--twin", default="tiny-transformer", help="what it is compared with")
-    parser.add_argument("--first", type=int, default=1024, help="length; then twice as long")
-    parser.add_argument("--last", type=int, default=2**20)
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds of reading")
+    parser.add_argument(
+        "--models", nargs="+", default=["hypenet:tiny", "hypenet:tiny-transformer"],
+        help="FILE:PRESET of configs/, with overrides",
+    )  # fmt: skip
+    add_lengths(parser, first=1024)
     parser.add_argument("--output", default="docs/results/long_context.json")
     args = parser.parse_args()
+    configs = {name: config_of(name) for name in args.models}
+    write(compare(configs, lengths_of(args), args.limit), pathlib.Path(args.output))
 
+
+def add_lengths(parser: argparse.ArgumentParser, first: int) -> None:
+    parser.add_argument("--first", type=int, default=first, help="length; then twice as long")
+    parser.add_argument("--last", type=int, default=2**20)
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds of reading")
+
+
+def lengths_of(args: argparse.Namespace) -> list[int]:
     lengths = [args.first]
     while 2 * lengths[-1] <= args.last:
         lengths.append(2 * lengths[-1])
+    return lengths
+
+
+def config_of(model: str) -> Config:
+    """`hsa:tiny` is the preset of configs/hsa.py."""
+    file, _, preset = model.partition(":")
+    return typed(importlib.import_module(f"configs.{file}").get_config(preset or None))
+
+
+def compare(configs: dict[str, Config], lengths: list[int], limit: float) -> dict[str, dict]:
+    """Points and slopes of each model, printed as they come."""
     results = {}
-    for preset in (args.preset, args.twin):
-        config = typed(hypenet.get_config(preset))
-        print(f"{preset}: {config.model.layers}")
+    for name, config in configs.items():
+        print(f"{name}: {config.model.layers}")
         print(f"{'length':>9} {'reading s':>10} {'token ms':>9} {'state MB':>9}")
-        points = list(measure(config, lengths, args.limit))
-        slopes = {name: slope(points, name) for name in QUANTITIES}
-        print("    slope " + "".join(f"{slopes[name]:10.2f}" for name in QUANTITIES))
-        results[preset] = dict(
+        points = list(measure(config, lengths, limit))
+        slopes = {quantity: slope(points, quantity) for quantity in QUANTITIES}
+        print("    slope " + "".join(f"{slopes[quantity]:10.2f}" for quantity in QUANTITIES))
+        results[name] = dict(
             layers=config.model.layers,
             points=[dataclasses.asdict(point) for point in points],
             slopes=slopes,
         )
-    output = pathlib.Path(args.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(dict(machine=machine(), results=results), indent=1) + "\n")
+    return results
+
+
+def write(results: dict[str, dict], output: pathlib.Path, **more) -> None:
+    """JSON and a figure."""
+    record = dict(machine=machine(), results=results, **more)
+    save(output, json.dumps(record, indent=1) + "\n")
     draw(results, output.with_suffix(".png"))
 
 
