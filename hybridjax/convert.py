@@ -103,5 +103,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("export_to", None, "a directory to be made in Hugging Face's form")
     flags.DEFINE_string("tokenizer", None, "of an import, if not the directory's own; or bytes")
     flags.DEFINE_enum("dtype", "float32", list(huggingface.DTYPES), "of an export")
-    flags.DEFINE_float("shard_gb", 5.0, "the largest file of an export", lower_bound=0.001)
+    flags.DEFINE_float("shard_gb", 5.0, "the largest file of an export", lower_bound=1e-6)
     command.run(main)

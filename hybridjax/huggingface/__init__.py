@@ -126,7 +126,13 @@ def save_directory(
 
 def family_of(config: ModelConfig) -> Family:
     """The family that has such a model: one whose config.json, read again, says the same."""
-    apart = {name: _apart(config, family) for name, family in FAMILIES.items()}
+    known = {name: f for name, f in FAMILIES.items() if _has_layers_of(f, config)}
+    apart = {name: _apart(config, family) for name, family in known.items()}
+    if not apart:
+        raise UserError(
+            f"no Hugging Face family has all the kinds of layers of {config.layers!r}: there are "
+            f"{', '.join(FAMILIES)}"
+        )
     nearest = min(apart, key=lambda name: len(apart[name]))
     if apart[nearest]:
         raise UserError(
@@ -137,14 +143,21 @@ def family_of(config: ModelConfig) -> Family:
 
 
 def _apart(config: ModelConfig, family: Family) -> list[str]:
-    for letter in dict.fromkeys(config.layers):
-        block = config.blocks[letter]
-        types = [spec["type"] for spec in block.mixers]
-        if len(types) != 1 or types[0] not in family.layers:
-            return [f"the mixers of {letter}: {types} and {list(family.layers)}"] * len(config.layers)
-        if block.mlp is None or block.mlp["type"] != "swiglu":
-            return [f"the MLP of {letter}: {block.mlp} and swiglu"] * len(config.layers)
-    return differences(config, family.to_model(family.to_settings(config, None)))
+    try:
+        return differences(config, family.to_model(family.to_settings(config, None)))
+    except UserError as refused:
+        return [str(refused)]
+
+
+def _has_layers_of(family: Family, config: ModelConfig) -> bool:
+    blocks = [config.blocks[letter] for letter in set(config.layers)]
+    return all(
+        len(block.mixers) == 1
+        and block.mixers[0]["type"] in family.layers
+        and block.mlp is not None
+        and block.mlp["type"] == "swiglu"
+        for block in blocks
+    )
 
 
 def copy_companions(source: str | pathlib.Path, target: str | pathlib.Path) -> None:

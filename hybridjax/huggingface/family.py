@@ -137,12 +137,13 @@ def decoder_settings(model: ModelConfig) -> dict[str, Any]:
 
 
 def attention_settings(spec: Mapping[str, Any]) -> dict[str, Any]:
+    scaling = spec.get("rope_scaling")
     return dict(
         num_attention_heads=spec["heads"],
         num_key_value_heads=spec["kv_heads"] or spec["heads"],
         head_dim=spec["head_dim"],
         rope_theta=spec["theta"],
-        rope_scaling=spec["rope_scaling"],
+        **({"rope_scaling": dict(scaling)} if scaling else {}),
     )
 
 

@@ -15,7 +15,6 @@ from hybridjax.huggingface.family import (
     Settings,
     attention,
     attention_settings,
-    check,
     decoder,
     decoder_settings,
     swiglu,
@@ -34,7 +33,6 @@ ROWS: Rows = {
 
 
 def to_model(settings: Settings) -> ModelConfig:
-    check(settings, rope_scaling=None)
     usual = attention(settings)
     own = dict(
         rope_dim=int(usual.head_dim * settings.get("partial_rotary_factor", 0.5)),
@@ -49,8 +47,8 @@ def to_model(settings: Settings) -> ModelConfig:
 def to_settings(model: ModelConfig, logit_base: float | None) -> dict[str, Any]:
     [spec] = model.blocks[model.layers[0]].mixers
     own = dict(
-        partial_rotary_factor=(spec["rope_dim"] or spec["head_dim"]) / spec["head_dim"],
-        attention_bias=spec["qkv_bias"],
+        partial_rotary_factor=(spec.get("rope_dim") or spec["head_dim"]) / spec["head_dim"],
+        attention_bias=spec.get("qkv_bias", False),
     )
     return decoder_settings(model) | attention_settings(spec) | own
 

@@ -68,10 +68,11 @@ def to_model(settings: Settings) -> ModelConfig:
 
 def to_settings(model: ModelConfig, logit_base: float | None) -> dict[str, Any]:
     kinds = {"attention": "attn", "lightning": "lightning-attn"}
-    types = [kinds[model.blocks[letter].mixers[0]["type"]] for letter in model.layers]
-    specs = {kinds[b.mixers[0]["type"]]: b.mixers[0] for b in model.blocks.values()}
+    of_layers = [model.blocks[letter].mixers[0] for letter in model.layers]
+    types = [kinds[spec["type"]] for spec in of_layers]
+    specs = dict(zip(types, of_layers, strict=True))
     softmax, linear = specs.get("attn"), specs.get("lightning-attn")
-    said = decoder_settings(model) | attention_settings(softmax or linear | {"rope_scaling": None})
+    said = decoder_settings(model) | attention_settings(softmax or linear)
     said |= dict(
         mixer_types=types,
         attention_bias=False,
