@@ -31,15 +31,21 @@ def main() -> None:
         raise UserError("give --workdir=DIR, and --import_from=DIR or --export_to=DIR")
     workdir = pathlib.Path(given.workdir)
     if given.import_from:
-        import_directory(pathlib.Path(given.import_from), workdir, given.tokenizer)
+        import_directory(
+            pathlib.Path(given.import_from), workdir, given.tokenizer, given.seq_len
+        )
     else:
         export_run(workdir, pathlib.Path(given.export_to), given.dtype, int(given.shard_gb * 1e9))
 
 
-def import_directory(source: pathlib.Path, workdir: pathlib.Path, tokenizer: str | None) -> None:
+def import_directory(
+    source: pathlib.Path, workdir: pathlib.Path, tokenizer: str | None, seq_len: int
+) -> None:
     """A work directory with the model as its checkpoint 0."""
     pretrained = huggingface.open_directory(source)
-    config = config_of(pretrained, workdir, tokenizer)
+    config = config_of(pretrained, workdir, tokenizer, seq_len)
+    if (workdir / "checkpoints").exists():
+        raise UserError(f"{workdir} has checkpoints already: choose another --workdir")
     check_owner(workdir, dataclasses.asdict(config))
     jax.set_mesh(make_mesh(config.mesh))
     model = pretrained.load()
@@ -56,7 +62,7 @@ def import_directory(source: pathlib.Path, workdir: pathlib.Path, tokenizer: str
 
 
 def config_of(
-    pretrained: huggingface.Pretrained, workdir: pathlib.Path, tokenizer: str | None
+    pretrained: huggingface.Pretrained, workdir: pathlib.Path, tokenizer: str | None, seq_len: int
 ) -> Config:
     """The configuration of an imported work directory; nothing was trained, so it has no data."""
     source, model = pretrained.directory, pretrained.model
@@ -75,7 +81,7 @@ def config_of(
         optimizer=OptimizerConfig(),
         steps=0,
         batch_size=1,
-        seq_len=min(4096, pretrained.settings.get("max_position_embeddings", 4096)),
+        seq_len=seq_len,
         mesh=MeshConfig(data=1, fsdp=-1),
     )
 
@@ -102,6 +108,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("import_from", None, "a Hugging Face directory")
     flags.DEFINE_string("export_to", None, "a directory to be made in Hugging Face's form")
     flags.DEFINE_string("tokenizer", None, "of an import, if not the directory's own; or bytes")
+    flags.DEFINE_integer("seq_len", 4096, "from which evaluation counts its lengths", lower_bound=1)
     flags.DEFINE_enum("dtype", "float32", list(huggingface.DTYPES), "of an export")
     flags.DEFINE_float("shard_gb", 5.0, "the largest file of an export", lower_bound=1e-6)
     command.run(main)

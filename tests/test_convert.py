@@ -1,114 +1,30 @@
-"""Hugging Face directories: against logits that published code computed, there and back, and what
-is wrong with them in one line."""
+"""Hugging Face directories: against logits that published code computed, and there and back."""
 
 import dataclasses
 import json
-import pathlib
-import re
 import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
+import micro
 import ml_dtypes
 import numpy as np
 import pytest
-import tokenizers
-from commands import run
-from safetensors.numpy import load_file, save_file
+from commands import run, train
+from directories import PARITY, WORDS, assert_says, golden, save, tensors_in
 
-from configs import hypenet
+from configs import hypenet, pretrained
 from hybridjax import huggingface
-from hybridjax.config import MeshConfig, ModelConfig, UserError, typed
+from hybridjax.config import MeshConfig, UserError, typed
 from hybridjax.huggingface import weights
 from hybridjax.huggingface.hypenet import HYPENET
 from hybridjax.mixers.base import Context
-from hybridjax.models import block, mixer, mlp
 from hybridjax.models.decoder import Decoder
 from hybridjax.sharding import make_mesh, place_parameters
 
 pytest_plugins = ("commands",)
 pytestmark = pytest.mark.usefixtures("shared_compilation")
-
-PARITY = pathlib.Path(__file__).parent / "parity"
-SETTINGS = {  # of the golden files that do not hold their own; see parity/make_golden.py
-    "qwen3": dict(
-        architectures=["Qwen3ForCausalLM"],
-        model_type="qwen3",
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        tie_word_embeddings=False,
-    ),
-    "hypenet": dict(
-        architectures=["HypeNetForCausalLM"],
-        model_type="hypenet",
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=8,
-        tie_word_embeddings=True,
-        mixer_types=["lightning-attn", "attn", "lightning-attn", "lightning-attn"],
-        attn_logits_scaling="hype 20",
-        attn_use_rope=False,
-        attn_use_output_gate=True,
-        lightning_nh=6,
-        lightning_nkv=6,
-        lightning_head_dim=8,
-        lightning_use_rope=True,
-        lightning_rope_scaling=None,
-        lightning_scale="1/sqrt(d)",
-        lightning_use_qk_norm=True,
-        lightning_use_output_norm=True,
-        lightning_use_output_gate=True,
-    ),
-}
-USUAL = dict(
-    vocab_size=48,
-    hidden_size=24,
-    intermediate_size=40,
-    hidden_act="silu",
-    rms_norm_eps=1e-6,
-    rope_theta=1e4,
-    max_position_embeddings=128,
-    torch_dtype="float32",
-)
-WORDS = [f"t{i}" for i in range(47)] + ["<|endoftext|>"]
-FAMILIES = ["qwen3", "llama", "glm4", "hypenet"]
-
-
-def golden(name):
-    """(settings, tensors, the rest) of a golden file."""
-    with np.load(PARITY / f"{name}.npz") as file:
-        arrays = dict(file)
-    tensors = {n: arrays.pop(n).astype(np.float32) for n in list(arrays) if n.endswith(".weight")
-               or n.endswith(".bias")}  # fmt: skip
-    stored = arrays.pop("settings", None)
-    settings = json.loads(str(stored)) if stored is not None else USUAL | SETTINGS[name]
-    return settings, tensors, arrays
-
-
-def save(directory, settings, tensors, shards=3):
-    """A directory with these tensors in shards, and a tokenizer of one word for each token."""
-    directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(settings))
-    names, weight_map = list(tensors), {}
-    for i in range(shards):
-        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
-        save_file({n: tensors[n] for n in names[i::shards]}, directory / file)
-        weight_map |= dict.fromkeys(names[i::shards], file)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    vocab = {word: i for i, word in enumerate(WORDS)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="t0"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(directory / "tokenizer.json"))
-    return directory
-
-
-def tensors_in(directory):
-    found = [load_file(file) for file in sorted(directory.glob("*.safetensors"))]
-    return {name: x for tensors in found for name, x in tensors.items()}
 
 
 # ---------------------------------------------------------------- what published code computed
@@ -117,11 +33,11 @@ def tensors_in(directory):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_are_those_of_published_code(name, tmp_path):
     settings, tensors, arrays = golden(name)
-    pretrained = huggingface.open_directory(save(tmp_path / "theirs", settings, tensors))
+    read = huggingface.open_directory(save(tmp_path / "theirs", settings, tensors))
     expected = arrays["logits_scaled" if name == "hypenet" else "logits"]
-    base = pretrained.logit_base and jnp.float32(pretrained.logit_base)
+    base = read.logit_base and jnp.float32(read.logit_base)
     ctx = Context.of_rows(arrays["tokens"], logit_base=base)
-    logits = jax.jit(Decoder.__call__)(pretrained.load(), arrays["tokens"], ctx)
+    logits = jax.jit(Decoder.__call__)(read.load(), arrays["tokens"], ctx)
     np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -171,11 +87,11 @@ def test_export_after_import_is_the_identity(name, dtype, tmp_path):
 @pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unrolled"])
 def test_loaded_onto_a_mesh(scan, tmp_path):
     settings, tensors, _ = golden("hypenet")
-    pretrained = huggingface.open_directory(save(tmp_path / "theirs", settings, tensors))
-    config = dataclasses.replace(pretrained.model, scan=scan)
-    whole = pretrained.load(config)
+    read = huggingface.open_directory(save(tmp_path / "theirs", settings, tensors))
+    config = dataclasses.replace(read.model, scan=scan)
+    whole = read.load(config)
     with jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))):
-        cut = pretrained.load(config)
+        cut = read.load(config)
         placed = jax.jit(lambda: place_parameters(Decoder(config, jax.random.key(0))))()
     for x, y, z in zip(*map(jax.tree.leaves, (whole, cut, placed)), strict=True):
         np.testing.assert_array_equal(x, y)
@@ -222,8 +138,8 @@ def test_memory_is_that_of_the_model_and_of_one_tensor(dtype, tmp_path):
     settings, _, _ = golden("qwen3")
     settings |= dict(vocab_size=24_000, hidden_size=512, intermediate_size=4096)
     settings |= dict(num_hidden_layers=8, tie_word_embeddings=True)
-    pretrained = huggingface.open_directory(save(tmp_path / "none", settings, {}))
-    shapes = weights.shapes(pretrained.model, pretrained.family)
+    read = huggingface.open_directory(save(tmp_path / "none", settings, {}))
+    shapes = weights.shapes(read.model, read.family)
     save(tmp_path / "large", settings, {n: np.ones(shape, dtype) for n, shape in shapes.items()})
     done = subprocess.run(
         [sys.executable, "-c", MEMORY, tmp_path / "large"], check=True, capture_output=True,
@@ -233,6 +149,52 @@ def test_memory_is_that_of_the_model_and_of_one_tensor(dtype, tmp_path):
     largest = max(4 * int(np.prod(shape)) for shape in shapes.values())
     assert final > 3 * largest and highest > final
     assert highest < final + 1.5 * largest, (highest, final, largest)
+
+
+# ---------------------------------------------------------------- training starts from them
+
+
+def tiny_directory(path):
+    """A model for bytes, and the config with which it could be trained from scratch."""
+    config = typed(micro.get_config("micro"))
+    model = jax.jit(lambda: Decoder(config.model, jax.random.key(7)))()
+    huggingface.save_directory(path, config.model, model)
+    return path
+
+
+def test_training_starts_from_a_directory_or_an_import_of_it(tmp_path):
+    directory = tiny_directory(tmp_path / "theirs")
+    imported = f"--workdir={tmp_path / 'imported'}"
+    bytes_ = "--tokenizer=bytes"
+    assert run("convert", imported, f"--import_from={directory}", bytes_).code == 0
+    standing = ("--config.steps=1", "--config.optimizer.learning_rate=0.0")
+    for name in ("theirs", "imported"):
+        workdir, back = tmp_path / f"from_{name}", tmp_path / f"{name}_back"
+        done = train(workdir, f"--config.init_from={tmp_path / name}", *standing)
+        assert done.code == 0, done
+        assert run("convert", f"--workdir={workdir}", f"--export_to={back}").code == 0
+        expected, actual = tensors_in(directory), tensors_in(back)
+        assert expected.keys() == actual.keys()
+        for n, x in expected.items():
+            np.testing.assert_array_equal(x, actual[n], err_msg=n)
+    other = train(tmp_path / "x", f"--config.init_from={directory}", "--config.model.width=24")
+    assert_says(other, "holds another model than the .* width: 24 here, 16 there.: take config.model")
+    again = run("convert", imported, f"--import_from={directory}", bytes_)
+    assert_says(again, "has checkpoints already: choose another --workdir")
+
+
+def test_the_config_of_a_directory(tmp_path):
+    settings, tensors, _ = golden("llama")
+    directory = save(tmp_path / "theirs", settings, tensors)
+    change = "model.blocks.A.mixers[0].window=7"
+    config = pretrained.get_config(f"{directory},steps=3,{change}")
+    assert (config.name, config.steps, config.init_from) == ("tuned-theirs", 3, str(directory))
+    model, plain = typed(config).model, huggingface.open_directory(directory).model
+    assert huggingface.differences(model, plain) == [
+        f"layer {i} mixer 0 window: 7 here, None there" for i in range(2)
+    ]
+    with pytest.raises(UserError, match="no directory: give --config=configs/pretrained.py:DIR"):
+        pretrained.get_config()
 
 
 # ---------------------------------------------------------------- HypeNet as released
@@ -268,172 +230,3 @@ def test_names_and_shapes_of_hypenet(preset):
     assert (said["lightning_nkv"], said["num_key_value_heads"]) == (H, 8)
     assert said["tie_word_embeddings"] is True
     assert {i for i, kind in enumerate(said["mixer_types"]) if kind == "attn"} == attention
-
-
-# ---------------------------------------------------------------- what is wrong, in one line
-
-
-def rewrite(file, change):
-    """The header of a safetensors file, changed."""
-    data = file.read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    change(header)
-    text = json.dumps(header).encode()
-    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
-
-
-def shards(directory):
-    return sorted(directory.glob("*.safetensors"))
-
-
-def wider(header):
-    header["model.norm.weight"]["shape"] = [25]
-
-
-def beyond(header):
-    header["model.norm.weight"]["data_offsets"] = [10**6, 10**6 + 96]
-
-
-def only_pickles(directory):
-    [file.unlink() for file in directory.glob("model*")]
-    (directory / "pytorch_model.bin").write_bytes(b"cposix")
-
-
-def of_norm(directory):
-    index = json.loads((directory / "model.safetensors.index.json").read_text())
-    return directory / index["weight_map"]["model.norm.weight"]
-
-
-def cut(directory):
-    file = shards(directory)[1]
-    file.write_bytes(file.read_bytes()[:-5])
-
-
-ON_DISK = {  # name -> (what happens to the directory, the line)
-    "no config.json": (lambda d: (d / "config.json").unlink(), "theirs is no Hugging Face dir"),
-    "broken config.json": (lambda d: (d / "config.json").write_text("{"), "cannot read .*config.j"),
-    "no tensors": (lambda d: [f.unlink() for f in d.glob("model*")], "holds no model.safetensors"),
-    "pickles": (only_pickles, "pytorch_model.bin, a pickle, .* never read"),
-    "a missing shard": (
-        lambda d: shards(d)[1].unlink(),
-        "lacks model-00002-of-00003.safetensors, of 3 shards",
-    ),
-    "an index without a map": (
-        lambda d: (d / "model.safetensors.index.json").write_text("{}"),
-        "has no weight_map",
-    ),
-    "a cut file": (cut, "00002-of-00003.safetensors is torn .* ends at byte"),
-    "no safetensors": (lambda d: shards(d)[0].write_bytes(b"cat" * 99), "is torn or not safet"),
-    "a size that is not the shape's": (
-        lambda d: rewrite(of_norm(d), wider),
-        r"model.norm.weight is F32 \[25\] in 96 bytes",
-    ),
-    "an offset beyond the end": (lambda d: rewrite(of_norm(d), beyond), "ends at byte 1001"),
-    "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "no tokenizer.json: give --token"),
-}
-
-
-@pytest.mark.parametrize("damage, line", ON_DISK.values(), ids=ON_DISK)
-def test_a_damaged_directory_is_one_line(damage, line, tmp_path):
-    settings, tensors, _ = golden("qwen3")
-    damage(directory := save(tmp_path / "theirs", settings, tensors))
-    done = run("convert", f"--workdir={tmp_path / 'run'}", f"--import_from={directory}")
-    assert_says(done, line)
-    assert not (tmp_path / "run" / "config.json").exists()
-
-
-IN_SETTINGS = {  # name -> (of which family, changes of config.json, the line)
-    "architecture": (
-        "qwen3",
-        dict(architectures=["MambaForCausalLM"]),
-        "holds a MambaForCausalLM: supported are Qwen3ForCausalLM, LlamaForCausalLM, Glm4ForCa",
-    ),
-    "a missing setting": ("qwen3", dict(hidden_size=...), "lacks 'hidden_size'"),
-    "rope scaling": ("llama", dict(rope_scaling=dict(type="yarn", factor=4.0)), "of type 'yarn'"),
-    "biases": ("llama", dict(attention_bias=True), "has attention_bias = True: only False"),
-    "windows": ("qwen3", dict(use_sliding_window=True), "use_sliding_window = True"),
-    "activation": ("glm4", dict(hidden_act="gelu"), "hidden_act = 'gelu': only 'silu'"),
-    "kinds of layers": ("hypenet", dict(mixer_types=["attn", "gdn"] * 2), "type .'gdn'.: there"),
-    "constant scaling": ("hypenet", dict(attn_logits_scaling=1.5), "only 'hype A' is supported"),
-    "small vocabulary": ("qwen3", dict(vocab_size=40), "has 48 tokens, the model 40: give its"),
-}
-
-
-@pytest.mark.parametrize("name, changes, line", IN_SETTINGS.values(), ids=IN_SETTINGS)
-def test_a_model_that_we_do_not_have_is_one_line(name, changes, line, tmp_path):
-    settings, tensors, _ = golden(name)
-    settings = {k: v for k, v in (settings | changes).items() if v is not ...}
-    directory = save(tmp_path / "theirs", settings, tensors)
-    assert_says(run("convert", f"--workdir={tmp_path / 'run'}", f"--import_from={directory}"), line)
-
-
-def test_every_tensor_that_does_not_fit_is_named():
-    settings, tensors, _ = golden("qwen3")
-    tensors["model.layers.2.mlp.up_proj.weight"] = tensors["lm_head.weight"]
-    tensors["model.rotary_emb.inv_freq"] = np.ones(8)  # derived: ignored
-    tensors["lm_head.weight"] = tensors["lm_head.weight"][:40]
-    tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.int32)
-    del tensors["model.layers.1.self_attn.k_norm.weight"]
-    config = huggingface.FAMILIES["Qwen3ForCausalLM"].to_model(settings)
-    with pytest.raises(UserError) as raised:
-        weights.load(config, huggingface.FAMILIES["Qwen3ForCausalLM"], tensors)
-    assert str(raised.value) == (
-        "4 tensors do not fit the configuration: lm_head.weight is [40, 24], not [48, 24]; "
-        "model.norm.weight is int32, not one of F32, F16, BF16; "
-        "model.layers.1.self_attn.k_norm.weight is missing; model.layers.2.mlp.up_proj.weight has no place"
-    )
-
-
-@pytest.mark.parametrize("equal", [True, False], ids=["the same", "another"])
-def test_a_head_in_a_tied_model_must_be_the_embedding(equal):
-    settings, tensors, _ = golden("hypenet")
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + (not equal)
-    config = HYPENET.to_model(settings)
-    if equal:
-        assert weights.load(config, HYPENET, tensors).head is None
-    else:
-        with pytest.raises(UserError, match="tie_word_embeddings is true, but lm_head.weight is"):
-            weights.load(config, HYPENET, tensors)
-
-
-USAGE = {
-    "neither": ([], "give --workdir=DIR, and --import_from"),
-    "both": (["--import_from=a", "--export_to=b"], "give --workdir=DIR, and --import_from"),
-    "no run to export": (["--export_to=b"], "no hybridjax run in"),
-    "no such directory": (["--import_from=/none"], "/none is no Hugging Face directory"),
-}
-
-
-@pytest.mark.parametrize("given, line", USAGE.values(), ids=USAGE)
-def test_wrong_usage_is_one_line(given, line, tmp_path):
-    assert_says(run("convert", f"--workdir={tmp_path / 'run'}", *given), line)
-
-
-STACKS = {
-    "another eps": (dict(norm_eps=1e-5), "Qwen3ForCausalLM is the nearest.* eps: 1e-06 and 1e-05"),
-    "another mixer": (
-        dict(
-            layers="G",
-            blocks=dict(
-                G=block(mixer("gated_deltanet", heads=2, head_dim=8), mlp=mlp("swiglu", hidden=8))
-            ),
-        ),
-        "no Hugging Face family has all the kinds of layers of 'G'",
-    ),
-}
-
-
-@pytest.mark.parametrize("changes, line", STACKS.values(), ids=STACKS)
-def test_a_stack_that_no_family_has(changes, line):
-    layer = block(
-        mixer("attention", heads=2, head_dim=8, rope=True, gate=False), mlp=mlp("swiglu", hidden=8)
-    )
-    usual = dict(layers="A", blocks=dict(A=layer), width=8, vocab=16)
-    assert huggingface.family_of(typed(usual, ModelConfig)).model_type == "qwen3"
-    with pytest.raises(UserError, match=line):
-        huggingface.family_of(typed(usual | changes, ModelConfig))
-
-
-def assert_says(done, line):
-    assert re.search(line, done.error), done.error

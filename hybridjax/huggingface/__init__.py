@@ -54,8 +54,8 @@ class Pretrained:
         """
         if model is not None and (apart := differences(model, self.model)):
             raise UserError(
-                f"{self.directory} holds another model than the configuration (here and there "
-                f"{'; '.join(apart[:5])}): take config.model from it"
+                f"{self.directory} holds another model than the configuration "
+                f"({'; '.join(apart[:5])}): take config.model from it"
             )
         with one_line(f"cannot read {self.directory}: ", "fetch it again"):
             return weights.load(model or self.model, self.family, Tensors(self.directory))
@@ -137,7 +137,7 @@ def family_of(config: ModelConfig) -> Family:
     if apart[nearest]:
         raise UserError(
             f"no Hugging Face family has this stack; {nearest} is the nearest, but for "
-            f"{'; '.join(apart[nearest][:5])} (here and there)"
+            f"{'; '.join(apart[nearest][:5])}"
         )
     return FAMILIES[nearest]
 

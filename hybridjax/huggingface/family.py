@@ -177,4 +177,4 @@ def differences(a: ModelConfig, b: ModelConfig) -> list[str]:
     """What sets two models apart, a line each."""
     a, b = canonical(a), canonical(b)
     names = [name for name in a | b if a.get(name) != b.get(name)]
-    return [f"{name}: {a.get(name)!r} and {b.get(name)!r}" for name in names]
+    return [f"{name}: {a.get(name)!r} here, {b.get(name)!r} there" for name in names]
