@@ -16,7 +16,14 @@ from absl import flags
 
 from hybridjax import command, huggingface
 from hybridjax.checkpoint import Checkpoints
-from hybridjax.config import Config, DataConfig, MeshConfig, OptimizerConfig, UserError
+from hybridjax.config import (
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    MeshConfig,
+    OptimizerConfig,
+    UserError,
+)
 from hybridjax.data.tokenizer import load_tokenizer
 from hybridjax.files import read_json
 from hybridjax.sharding import make_mesh
@@ -74,6 +81,7 @@ def config_of(
             f"the tokenizer {found.name} has {found.vocab} tokens, the model {model.vocab}: give "
             "its own with --tokenizer=PATH"
         )
+    base = pretrained.logit_base
     return Config(
         name=workdir.name,
         model=model,
@@ -82,6 +90,7 @@ def config_of(
         steps=0,
         batch_size=1,
         seq_len=seq_len,
+        evaluation=EvaluationConfig(logit_bases=() if base is None else (base,)),
         mesh=MeshConfig(data=1, fsdp=-1),
     )
 

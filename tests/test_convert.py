@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("shared_compilation")
 # ---------------------------------------------------------------- what published code computed
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["qwen3", "llama", "glm4", "hypenet"])
 def test_logits_are_those_of_published_code(name, tmp_path):
     settings, tensors, arrays = golden(name)
     read = huggingface.open_directory(save(tmp_path / "theirs", settings, tensors))
@@ -79,7 +79,7 @@ def test_export_after_import_is_the_identity(name, dtype, tmp_path):
     assert index["metadata"]["total_size"] == sum(x.nbytes for x in tensors.values())
     given, written = (json.loads((d / "config.json").read_text()) for d in (directory, back))
     apart = {k: (given.get(k), v) for k, v in written.items() if given.get(k) != v}
-    assert apart.keys() <= {"torch_dtype", "attention_bias", "lightning_use_short_conv"}, apart
+    assert apart.keys() <= {"torch_dtype"}, apart
     assert (back / "tokenizer.json").read_bytes() == (directory / "tokenizer.json").read_bytes()
     assert huggingface.open_directory(back).logit_base == (20.0 if name == "hypenet" else None)
 
@@ -178,7 +178,7 @@ def test_training_starts_from_a_directory_or_an_import_of_it(tmp_path):
         for n, x in expected.items():
             np.testing.assert_array_equal(x, actual[n], err_msg=n)
     other = train(tmp_path / "x", f"--config.init_from={directory}", "--config.model.width=24")
-    assert_says(other, "holds another model than the .* width: 24 here, 16 there.: take config.model")
+    assert_says(other, "another model than the .*width: 24 here, 16 there.: take config.model")
     again = run("convert", imported, f"--import_from={directory}", bytes_)
     assert_says(again, "has checkpoints already: choose another --workdir")
 

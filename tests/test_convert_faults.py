@@ -155,7 +155,7 @@ def test_wrong_usage_is_one_line(given, line, tmp_path):
 
 
 STACKS = {
-    "another eps": (dict(norm_eps=1e-5), "Qwen3ForCausalLM is the nearest.* eps: 1e-06 here, 1e-05 there"),
+    "another eps": (dict(norm_eps=1e-5), "Qwen3ForCausalLM is the nearest.* eps: 1e-06 here"),
     "another mixer": (
         dict(
             layers="G",

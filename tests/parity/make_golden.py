@@ -52,15 +52,22 @@ def write(name, sizes, rng, models):
 
     weights = random_weights(sizes.model(), rng)
     tokens = rng.integers(0, sizes.vocab, (1, LENGTH))
+    logits = {}
     with torch.no_grad():
-        logits = {
-            f"logits{suffix}": model(torch.tensor(tokens)).logits.numpy()
-            for suffix, model in models(weights).items()
-        }
+        for suffix, model in models(weights).items():
+            logits[f"logits{suffix}"] = model(torch.tensor(tokens)).logits.numpy()
     halves = {name: x.astype(np.float16) for name, x in weights.items()}
     path = HERE / f"{name}.npz"
-    np.savez_compressed(path, tokens=tokens.astype(np.int32), **logits, **halves)
+    np.savez_compressed(
+        path, settings=settings_of(model), tokens=tokens.astype(np.int32), **logits, **halves
+    )
     print(f"{path}: {path.stat().st_size:,} bytes")
+
+
+def settings_of(model):
+    """Its config.json."""
+    model.config.architectures = [type(model).__name__]
+    return json.dumps(json.loads(model.config.to_json_string(use_diff=False)))
 
 
 def write_published(name, rng):
@@ -72,11 +79,10 @@ def write_published(name, rng):
     with torch.no_grad():
         logits = model(torch.tensor(tokens)).logits.numpy()
         text = model.generate(torch.tensor(tokens), max_new_tokens=NEW, do_sample=False).numpy()
-    settings = model.config.to_dict() | {"architectures": [type(model).__name__]}
     weights = {n: p.detach().numpy().astype(np.float16) for n, p in model.named_parameters()}
     path = HERE / f"{name}.npz"
     np.savez_compressed(
-        path, settings=json.dumps(settings), tokens=tokens.astype(np.int32), logits=logits,
+        path, settings=settings_of(model), tokens=tokens.astype(np.int32), logits=logits,
         text=text[:, LENGTH:].astype(np.int32), **weights,
     )  # fmt: skip
     print(f"{path}: {path.stat().st_size:,} bytes")
