@@ -13,6 +13,7 @@ import shutil
 
 import jax
 from absl import flags
+from jax.experimental import multihost_utils
 
 from hybridjax import command, huggingface
 from hybridjax.checkpoint import Checkpoints
@@ -56,6 +57,7 @@ def import_directory(
     check_owner(workdir, dataclasses.asdict(config))
     jax.set_mesh(make_mesh(config.mesh))
     model = pretrained.load()
+    multihost_utils.sync_global_devices("the model is read")  # till here nothing was written
 
     if jax.process_index() == 0:
         huggingface.copy_companions(source, workdir / CARRIED)

@@ -72,7 +72,7 @@ ON_DISK = {  # name -> (what happens to the directory, the line)
         lambda d: rewrite(of_norm(d), wider),
         r"model.norm.weight is F32 \[25\] in 96 bytes",
     ),
-    "an offset beyond the end": (lambda d: rewrite(of_norm(d), beyond), r"ends at byte 100\d{4} of"),
+    "an offset beyond the end": (lambda d: rewrite(of_norm(d), beyond), r"byte 100\d{4} of"),
     "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "no tokenizer.json: give --token"),
 }
 
