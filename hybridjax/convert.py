@@ -3,8 +3,8 @@
     python -m hybridjax.convert --workdir=runs/qwen3 --import_from=PATH/Qwen3-1.7B
     python -m hybridjax.convert --workdir=runs/hypenet-2b --export_to=PATH/HypeNet-2B
 
-An imported work directory can be measured, talked to, exported, and be another run's
-`config.init_from`. Its parameters are f32; so is what is exported, unless `--dtype=bfloat16`.
+An imported work directory can be measured, talked to and exported, and other runs can start from it
+(`config.init_from`). Its parameters are f32; so is what is exported, unless `--dtype=bfloat16`.
 """
 
 import dataclasses
@@ -39,9 +39,8 @@ def main() -> None:
         raise UserError("give --workdir=DIR, and --import_from=DIR or --export_to=DIR")
     workdir = pathlib.Path(given.workdir)
     if given.import_from:
-        import_directory(
-            pathlib.Path(given.import_from), workdir, given.tokenizer, given.seq_len
-        )
+        source = pathlib.Path(given.import_from)
+        import_directory(source, workdir, given.tokenizer, given.seq_len)
     else:
         export_run(workdir, pathlib.Path(given.export_to), given.dtype, int(given.shard_gb * 1e9))
 

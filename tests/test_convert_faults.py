@@ -43,6 +43,11 @@ def only_pickles(directory):
     (directory / "pytorch_model.bin").write_bytes(b"cposix")
 
 
+def lead_outside(directory):
+    index = {"weight_map": {"model.norm.weight": "../theirs/config.json"}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def of_norm(directory):
     index = json.loads((directory / "model.safetensors.index.json").read_text())
     return directory / index["weight_map"]["model.norm.weight"]
@@ -66,6 +71,7 @@ ON_DISK = {  # name -> (what happens to the directory, the line)
         lambda d: (d / "model.safetensors.index.json").write_text("{}"),
         "has no weight_map",
     ),
+    "an index that leads outside": (lead_outside, "lacks ../theirs/config.json, of 1 shards"),
     "a cut file": (cut, "00002-of-00003.safetensors is torn .* ends at byte"),
     "no safetensors": (lambda d: shards(d)[0].write_bytes(b"cat" * 99), "is torn or not safet"),
     "a size that is not the shape's": (
@@ -97,6 +103,7 @@ IN_SETTINGS = {  # name -> (of which family, changes of config.json, the line)
     "biases": ("llama", dict(attention_bias=True), "has attention_bias = True: only False"),
     "windows": ("qwen3", dict(use_sliding_window=True), "use_sliding_window = True"),
     "activation": ("glm4", dict(hidden_act="gelu"), "hidden_act = 'gelu': only 'silu'"),
+    "rotation": ("glm4", dict(partial_rotary_factor=2.0), "rope_dim is 32: it must be at most"),
     "kinds of layers": ("hypenet", dict(mixer_types=["attn", "gdn"] * 2), "type .'gdn'.: there"),
     "constant scaling": ("hypenet", dict(attn_logits_scaling=1.5), "only 'hype A' is supported"),
     "small vocabulary": ("qwen3", dict(vocab_size=40), "has 48 tokens, the model 40: give its"),

@@ -57,8 +57,7 @@ class Pretrained:
                 f"{self.directory} holds another model than the configuration "
                 f"({'; '.join(apart[:5])}): take config.model from it"
             )
-        with one_line(f"cannot read {self.directory}: ", "fetch it again"):
-            return weights.load(model or self.model, self.family, Tensors(self.directory))
+        return weights.load(model or self.model, self.family, Tensors(self.directory))
 
 
 def is_huggingface(path: str | pathlib.Path) -> bool:

@@ -12,17 +12,18 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from hybridjax.config import UserError
-from hybridjax.files import one_line, read_json, write_json
+from hybridjax.files import one_line, read_json, reason, write_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype("bfloat16")}
-BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I16": 16,
-        "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "C64": 64, "F64": 64,
-        "I64": 64, "U64": 64}  # fmt: skip
-assert ml_dtypes  # gives NumPy its bfloat16
+DTYPES = {  # that we read, by their names in a header
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,8 @@ def _files(directory: pathlib.Path) -> list[pathlib.Path]:
         names = sorted(set(index["weight_map"].values()))
     except (KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{directory / INDEX} has no weight_map: fetch it again") from error
-    if missing := [name for name in names if not (directory / name).is_file()]:
+    here = lambda name: pathlib.PurePath(name).name == name and (directory / name).is_file()
+    if missing := [name for name in names if not here(name)]:
         raise UserError(
             f"{directory} lacks {', '.join(missing)}, of {len(names)} shards: fetch them again"
         )
@@ -101,8 +103,7 @@ def _header(file: pathlib.Path) -> Iterator[tuple[str, Place]]:
                 continue
             dtype, shape = entry["dtype"], tuple(entry["shape"])
             start, stop = entry["data_offsets"]
-            bits = 8 * (stop - start)
-            if bits < 0 or dtype in BITS and bits != BITS[dtype] * math.prod(shape):
+            if dtype in DTYPES and stop - start != DTYPES[dtype].itemsize * math.prod(shape):
                 raise ValueError(f"{name} is {dtype} {list(shape)} in {stop - start} bytes")
             if 8 + length + stop > size:
                 raise ValueError(f"{name} ends at byte {8 + length + stop} of {size}")
@@ -132,7 +133,10 @@ def write(
     with one_line(f"cannot write {directory}: ", "make room or correct the path"):
         for file, names in zip(files, shards, strict=True):
             held = dict(next(tensors) for _ in names)
-            save_file(held, directory / file, {"format": "pt"})  # what transformers asks for
+            try:
+                save_file(held, directory / file, {"format": "pt"})  # transformers asks for it
+            except SafetensorError as error:
+                raise OSError(reason(error)) from error
         if len(shards) > 1:
             weight_map = {n: f for f, names in zip(files, shards, strict=True) for n in names}
             total = {"total_size": sum(sizes.values())}

@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from hybridjax.config import UserError
 from hybridjax.layers.linear import Linear, split_heads
 from hybridjax.layers.norm import RMSNorm
 from hybridjax.layers.position import frequencies, rotary_angles, rotate
@@ -37,6 +38,8 @@ class QKV(nnx.Module):
         self.rotary = (rope_dim or head_dim, theta, tuple(sorted((rope_scaling or {}).items())))
         if rope:
             frequencies(*self.rotary)  # refuses what cannot be
+        if (rope_dim or 0) > head_dim:
+            raise UserError(f"rope_dim is {rope_dim}: it must be at most head_dim = {head_dim}")
         axes, kv_inner = ("embed", "heads"), kv_heads * head_dim
         keys = jax.random.split(key, 3)
         self.query = Linear((width, heads * head_dim), axes, keys[0], bias=bias)
