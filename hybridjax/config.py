@@ -118,7 +118,7 @@ class Config:
     accumulate: int = 1  # microbatches per step
     z_loss: float = 0.0
     log_every: int = 50  # steps
-    init_from: str = ""  # another run's work directory, optionally `@step`
+    init_from: str = ""  # another run's work directory, optionally `@step`, or Hugging Face's
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

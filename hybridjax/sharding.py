@@ -137,7 +137,7 @@ def place_parameters(module: nnx.Module) -> nnx.Module:
 def parameter_axes(parameter: nnx.Param) -> tuple[str | None, ...]:
     """One logical axis per dimension; leading ones that the parameter does not name are None."""
     axes = parameter.get_metadata()["axes"]
-    return (None,) * (parameter[...].ndim - len(axes)) + tuple(axes)
+    return (None,) * (len(parameter.shape) - len(axes)) + tuple(axes)
 
 
 def over_mesh(

@@ -16,7 +16,7 @@ import optax
 from absl import flags
 from jaxtyping import Array, Bool, Float, Int
 
-from hybridjax import command, evaluate, metrics, processes
+from hybridjax import command, evaluate, huggingface, metrics, processes
 from hybridjax.checkpoint import Checkpoints, restore_model
 from hybridjax.config import Config, UserError, typed
 from hybridjax.data.pipeline import make_loader
@@ -70,7 +70,7 @@ def main() -> None:
     train_step = make_train_step(optimizer, config)
 
     # ------------------------------------------------------------ start: in order of precedence
-    # 1. this run's own newest checkpoint   2. another run's model   3. scratch
+    # 1. this run's own newest checkpoint   2. a pretrained model   3. scratch
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep, best=config.checkpoint.best)
     if checkpoints.latest is not None:
         state, step, metadata = checkpoints.restore(initial.eval_shape(), loader)
@@ -78,9 +78,7 @@ def main() -> None:
     else:
         state, step = initial(), 0
         if config.init_from:
-            source, at = _source(config.init_from)
-            model, _, _ = restore_model(source, state.model, at)
-            state = dataclasses.replace(state, model=model)
+            state = dataclasses.replace(state, model=pretrained(config, state.model))
     claim(workdir, dataclasses.asdict(config), allowed=MAY_CHANGE)
 
     writer = metrics.MetricWriter(workdir, resume_step=step)
@@ -148,6 +146,14 @@ def main() -> None:
 def new_model(config: Config) -> Decoder:
     """The model before training, each parameter where the mesh wants it."""
     return place_parameters(Decoder(config.model, jax.random.key(config.seed)))
+
+
+def pretrained(config: Config, like: Decoder) -> Decoder:
+    """The model of another run, or of a Hugging Face directory."""
+    source, at = _source(config.init_from)
+    if huggingface.is_huggingface(source):
+        return huggingface.open_directory(source).load(config.model)
+    return restore_model(source, like, at)[0]
 
 
 def new_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:

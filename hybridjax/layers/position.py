@@ -6,6 +6,9 @@ are composed: cos(a + b) = cos a cos b - sin a sin b.
 """
 
 import functools
+import inspect
+import math
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,22 +21,62 @@ MAX_POSITION = 2**25
 _LOW = 4096
 
 
+Scaling = tuple[tuple[str, Any], ...]  # the items of Hugging Face's `rope_scaling`
+
+
 @functools.cache
-def _table(count: int, stride: int, width: int, theta: float) -> np.ndarray:
+def frequencies(width: int, theta: float, scaling: Scaling = ()) -> Float[np.ndarray, " half"]:
+    """Radians per position of each rotated pair, in f64."""
+    if width < 2 or width % 2:
+        raise UserError(f"rotary positions need an even number of dimensions, not {width}")
+    plain = theta ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+    options = dict(scaling)
+    kind = options.pop("rope_type", "default")
+    if kind not in SCALINGS:
+        raise UserError(f"no rope_scaling of type {kind!r}: there are {', '.join(SCALINGS)}")
+    needed = set(inspect.signature(SCALINGS[kind]).parameters) - {"plain"}
+    if set(options) != needed:
+        raise UserError(f"rope_scaling {kind!r} takes {sorted(needed)}, not {sorted(options)}")
+    return SCALINGS[kind](plain, **options)
+
+
+def _linear(plain: np.ndarray, factor: float) -> np.ndarray:
+    """Positions are interpolated (arXiv 2306.15595)."""
+    return plain / factor
+
+
+def _llama3(
+    plain: np.ndarray,
+    factor: float,
+    low_freq_factor: float,
+    high_freq_factor: float,
+    original_max_position_embeddings: int,
+) -> np.ndarray:
+    """Llama 3.1's: a wave that fits fewer than `low_freq_factor` times into the original context is
+    slowed by `factor`, one that fits `high_freq_factor` times is kept, others are in between."""
+    waves = original_max_position_embeddings * plain / (2 * math.pi)
+    kept = np.clip((waves - low_freq_factor) / (high_freq_factor - low_freq_factor), 0, 1)
+    return plain * (kept + (1 - kept) / factor)
+
+
+SCALINGS = {"default": lambda plain: plain, "linear": _linear, "llama3": _llama3}
+
+
+@functools.cache
+def _table(count: int, stride: int, width: int, theta: float, scaling: Scaling) -> np.ndarray:
     """cos and sin of `stride * n * frequency`, n < count: `[count, 2, width / 2]` in f32."""
-    frequency = theta ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+    frequency = frequencies(width, theta, scaling)
     angle = stride * np.arange(count, dtype=np.float64)[:, None] * frequency
     return np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
 
 
 def rotary_angles(
-    positions: Int[Array, "B T"], width: int, theta: float
+    positions: Int[Array, "B T"], width: int, theta: float, scaling: Scaling = ()
 ) -> tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]:
     """Cosine and sine of each position's angles, in f32, with an axis for the heads."""
-    if width % 2:
-        raise UserError(f"rotary positions need an even head_dim, not {width}")
-    low = _lookup(_table(_LOW, 1, width, theta), positions % _LOW)
-    high = _lookup(_table(MAX_POSITION // _LOW + 1, _LOW, width, theta), positions // _LOW)
+    table = functools.partial(_table, width=width, theta=theta, scaling=scaling)
+    low = _lookup(table(_LOW, 1), positions % _LOW)
+    high = _lookup(table(MAX_POSITION // _LOW + 1, _LOW), positions // _LOW)
     (c0, s0), (c1, s1) = jnp.moveaxis(low, 2, 0), jnp.moveaxis(high, 2, 0)
     cos, sin = c0 * c1 - s0 * s1, s0 * c1 + c0 * s1
     return cos[:, :, None], sin[:, :, None]
@@ -45,10 +88,20 @@ def _lookup(table: np.ndarray, index: Int[Array, "B T"]) -> Float[Array, "B T 2 
 
 
 def rotate(
-    x: Float[Array, "B T H K"], angles: tuple[Float[Array, "B T 1 half"], ...]
+    x: Float[Array, "B T H K"],
+    angles: tuple[Float[Array, "B T 1 half"], ...],
+    interleaved: bool = False,
 ) -> Float[Array, "B T H K"]:
-    """Rotates the pairs (x_i, x_{i + K/2}) (arXiv 2104.09864, eq. 34; halves as in GPT-NeoX)."""
+    """Rotates the first dimensions in pairs, two per angle (arXiv 2104.09864, eq. 34).
+
+    The pairs are (x_i, x_{i + width/2}), the halves of GPT-NeoX, or, interleaved as in the paper
+    and in GLM, (x_{2i}, x_{2i+1}).
+    """
     cos, sin = angles
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned, rest = jnp.split(x.astype(jnp.float32), [2 * cos.shape[-1]], axis=-1)
+    halves = (turned[..., 0::2], turned[..., 1::2]) if interleaved else jnp.split(turned, 2, -1)
+    first, second = halves
     rotated = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+    if interleaved:
+        rotated = [jnp.stack(rotated, axis=-1).reshape(turned.shape)]
+    return jnp.concatenate([*rotated, rest], axis=-1).astype(x.dtype)

@@ -2,10 +2,13 @@
 
 HypeNet's layers are position-free, with log-scaled logits at inference (arXiv 2601.22156, eq. 11):
 queries are multiplied by ln(t + a) / ln(a), t from 0 in each document. With `rope=True` and
-`gate=False` this is Qwen3's layer.
+`gate=False` this is Qwen3's layer; with half of each head rotated in interleaved pairs, biases and
+no norms it is GLM-4's.
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,18 +92,28 @@ class Attention(Mixer):
         kv_heads: int | None = None,
         rope: bool = False,
         theta: float = 10_000.0,
+        rope_dim: int | None = None,
+        rope_interleaved: bool = False,
+        rope_scaling: Mapping[str, Any] | None = None,
         window: int | None = None,
         qk_norm: bool = True,
+        qkv_bias: bool = False,
         gate: bool = True,
         eps: float = 1e-6,
     ):
-        """`window`: the number of keys a query sees, its own included; None: all before it."""
+        """Args:
+        rope_dim: how many of a head's dimensions, the first ones, are rotated; None: all.
+        rope_interleaved: rotated are the pairs (x_2i, x_2i+1), not (x_i, x_i+rope_dim/2).
+        rope_scaling: as in Hugging Face's configs; `rope_type` is one of `position.SCALINGS`.
+        window: the number of keys a query sees, its own included; None: all before it.
+        """
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads or heads, head_dim
         self.window = window
         qkv_key, output_key = jax.random.split(key)
         self.qkv = QKV(
             width, qkv_key, heads=heads, kv_heads=self.kv_heads, head_dim=head_dim,
-            rope=rope, theta=theta, norm=qk_norm, eps=eps,
+            rope=rope, theta=theta, rope_dim=rope_dim, rope_interleaved=rope_interleaved,
+            rope_scaling=rope_scaling, norm=qk_norm, bias=qkv_bias, eps=eps,
         )  # fmt: skip
         self.output = GatedOutput(heads * head_dim, width, output_key, gate=gate)
 

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybridjax.layers.position import MAX_POSITION, rotary_angles, rotate
+from hybridjax.config import UserError
+from hybridjax.layers.position import MAX_POSITION, frequencies, rotary_angles, rotate
 
 WIDTH = 64
 
@@ -31,3 +32,49 @@ def test_angles_are_those_of_float64():
     angle = t[:, None] * 1e4 ** (-np.arange(0, WIDTH, 2) / WIDTH)
     np.testing.assert_allclose(cos[0, :, 0], np.cos(angle), atol=1e-6)
     np.testing.assert_allclose(sin[0, :, 0], np.sin(angle), atol=1e-6)
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
+def test_a_pair_is_a_complex_number_and_the_rest_of_the_head_is_not_rotated(rng, interleaved):
+    t, x = np.array([[0, 3, 70_000]]), rng.normal(size=(1, 3, 2, WIDTH)).astype(np.float32)
+    width = WIDTH // 2
+    first, second = (slice(0, width, 2), slice(1, width, 2)) if interleaved else (
+        slice(0, width // 2), slice(width // 2, width))  # fmt: skip
+    y = rotate(jnp.asarray(x), rotary_angles(jnp.asarray(t), width, 1e4), interleaved)
+    turn = np.exp(1j * t[..., None, None] * frequencies(width, 1e4))
+    expected = (x[..., first] + 1j * x[..., second]) * turn
+    np.testing.assert_allclose(y[..., first], expected.real, atol=1e-5)
+    np.testing.assert_allclose(y[..., second], expected.imag, atol=1e-5)
+    np.testing.assert_array_equal(y[..., width:], x[..., width:])
+
+
+LLAMA3 = dict(
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=8192,
+)
+
+
+def test_scaled_frequencies():
+    plain = frequencies(WIDTH, 5e5)
+    linear = frequencies(WIDTH, 5e5, (("factor", 4.0), ("rope_type", "linear")))
+    np.testing.assert_allclose(linear, plain / 4)
+    llama3, waves = frequencies(WIDTH, 5e5, tuple(LLAMA3.items())), 8192 * plain / (2 * np.pi)
+    np.testing.assert_allclose(llama3[waves > 4], plain[waves > 4])
+    np.testing.assert_allclose(llama3[waves < 1], plain[waves < 1] / 8)
+    assert np.all(np.diff(llama3) < 0) and np.any((waves > 1) & (waves < 4))
+
+
+FAULTS = {
+    "odd": (dict(width=7), "even number of dimensions, not 7"),
+    "type": (dict(scaling=(("rope_type", "yarn"),)), "no rope_scaling of type 'yarn': there are "),
+    "options": (dict(scaling=(("a", 1), ("rope_type", "linear"))), "takes .'factor'., not .'a'"),
+}
+
+
+@pytest.mark.parametrize("given, line", FAULTS.values(), ids=FAULTS)
+def test_frequencies_that_cannot_be(given, line):
+    with pytest.raises(UserError, match=line):
+        frequencies(**dict(width=WIDTH, theta=1e4) | given)

@@ -21,6 +21,10 @@ HEADS = dict(heads=4, head_dim=16)
 TABLE = {
     "attention": ("attention", HEADS),
     "attention-rope-grouped": ("attention", HEADS | dict(kv_heads=2, rope=True)),
+    "attention-glm": (
+        "attention",
+        HEADS | dict(rope=True, rope_dim=8, rope_interleaved=True, qkv_bias=True, qk_norm=False),
+    ),
     "attention-plain": ("attention", HEADS | dict(qk_norm=False, gate=False)),
     "window": ("attention", HEADS | dict(window=5, rope=True)),
     "window-1": ("attention", HEADS | dict(window=1)),

@@ -2,13 +2,14 @@
 
     python tests/parity/make_golden.py --hypenet=PATH/hybrid-linear-attention
 
-Qwen3 and Qwen3-Next's linear layer are those of `transformers`. HypeNet is the authors' code
-(thunlp/hybrid-linear-attention), run from a clone on the CPU: its two kernels are replaced by the
-recurrence they stand for, and its cast of scaled queries to bfloat16 is undone. Both need the
-`parity` extra and einops.
+Qwen3, Llama, GLM-4 and Qwen3-Next's linear layer are those of `transformers`. HypeNet is the
+authors' code (thunlp/hybrid-linear-attention), run from a clone on the CPU: its two kernels are
+replaced by the recurrence they stand for, and its cast of scaled queries to bfloat16 is undone.
+Both need the `parity` extra and einops.
 """
 
 import argparse
+import json
 import pathlib
 import sys
 import types
@@ -16,12 +17,14 @@ import types
 import numpy as np
 import qwen3_next
 from named_weights import Sizes, random_weights
+from published import GOLDEN, published
 
 HERE = pathlib.Path(__file__).parent
 QWEN3 = Sizes("QQ", tied=False)
 HYPENET = Sizes("LALL", heads=6, kv_heads=2, head_dim=8)
 LOGIT_BASE = 20  # small, to be felt in a short sequence
 LENGTH = 80
+NEW = 12  # tokens written after these
 
 
 def main():
@@ -31,6 +34,8 @@ def main():
     rng = np.random.default_rng(0)
     write("qwen3", QWEN3, rng, lambda weights: {"": qwen3_with(QWEN3, weights)})
     write_qwen3_next(np.random.default_rng(0))
+    for name in GOLDEN:
+        write_published(name, np.random.default_rng(0))
     if clone:
         package = clone / "halo/modeling/hypenet"
         write(
@@ -47,14 +52,39 @@ def write(name, sizes, rng, models):
 
     weights = random_weights(sizes.model(), rng)
     tokens = rng.integers(0, sizes.vocab, (1, LENGTH))
+    logits = {}
     with torch.no_grad():
-        logits = {
-            f"logits{suffix}": model(torch.tensor(tokens)).logits.numpy()
-            for suffix, model in models(weights).items()
-        }
+        for suffix, model in models(weights).items():
+            logits[f"logits{suffix}"] = model(torch.tensor(tokens)).logits.numpy()
     halves = {name: x.astype(np.float16) for name, x in weights.items()}
     path = HERE / f"{name}.npz"
-    np.savez_compressed(path, tokens=tokens.astype(np.int32), **logits, **halves)
+    np.savez_compressed(
+        path, settings=settings_of(model), tokens=tokens.astype(np.int32), **logits, **halves
+    )
+    print(f"{path}: {path.stat().st_size:,} bytes")
+
+
+def settings_of(model):
+    """Its config.json."""
+    model.config.architectures = [type(model).__name__]
+    return json.dumps(json.loads(model.config.to_json_string(use_diff=False)))
+
+
+def write_published(name, rng):
+    """A model with its config.json, and the text that it writes greedily."""
+    import torch
+
+    model = published(name, rng)
+    tokens = rng.integers(0, model.config.vocab_size, (1, LENGTH))
+    with torch.no_grad():
+        logits = model(torch.tensor(tokens)).logits.numpy()
+        text = model.generate(torch.tensor(tokens), max_new_tokens=NEW, do_sample=False).numpy()
+    weights = {n: p.detach().numpy().astype(np.float16) for n, p in model.named_parameters()}
+    path = HERE / f"{name}.npz"
+    np.savez_compressed(
+        path, settings=settings_of(model), tokens=tokens.astype(np.int32), logits=logits,
+        text=text[:, LENGTH:].astype(np.int32), **weights,
+    )  # fmt: skip
     print(f"{path}: {path.stat().st_size:,} bytes")
 
 

@@ -26,21 +26,21 @@ BATCH, LENGTH = 2, 75
 
 @pytest.fixture(params=SIZES.values(), ids=SIZES.keys())
 def pair(request, rng):
-    """Their model, ours with its weights, and tokens."""
+    """Their model, ours with its weights, tokens, and our config."""
     sizes = request.param
     weights = random_weights(sizes.model(), rng)
     tokens = rng.integers(0, sizes.vocab, (BATCH, LENGTH))
-    return qwen3_with(sizes, weights), decoder_with(sizes.model(), weights), tokens
+    return qwen3_with(sizes, weights), decoder_with(sizes.model(), weights), tokens, sizes.model()
 
 
 def test_logits(pair):
-    theirs, ours, tokens = pair
+    theirs, ours, tokens, _ = pair
     logits = jax.jit(Decoder.__call__)(ours, tokens)
     np.testing.assert_allclose(logits, their_logits(theirs, tokens), atol=1e-4, rtol=1e-4)
 
 
 def test_extended_in_pieces(pair):
-    theirs, ours, tokens = pair
+    theirs, ours, tokens, _ = pair
     state, pieces = ours.init_state(BATCH, LENGTH + 5), []
     extend = jax.jit(Decoder.extend)
     for piece in np.split(tokens, [40, 73, 74], axis=1):
@@ -51,7 +51,7 @@ def test_extended_in_pieces(pair):
 
 
 def test_gradients_of_the_loss(pair):
-    theirs, ours, tokens = pair
+    theirs, ours, tokens, config = pair
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
 
     @jax.jit
@@ -67,7 +67,7 @@ def test_gradients_of_the_loss(pair):
     their_loss.backward()
     np.testing.assert_allclose(loss, their_loss.item(), rtol=1e-5)
     expected = {name: p.grad.numpy() for name, p in theirs.named_parameters()}
-    for name, actual in weights_of(gradient).items():
+    for name, actual in weights_of(config, gradient).items():
         np.testing.assert_allclose(actual, expected[name], atol=1e-6, rtol=1e-3, err_msg=name)
 
 
