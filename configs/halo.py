@@ -13,10 +13,11 @@ code: thunlp/hybrid-linear-attention. Where paper and code differ this follows t
 takes one of that shape (`--config.teacher=WORKDIR`). It uses Muon and more conversion tokens than
 teacher tokens; the paper's 0.1 % of a large teacher's tokens is not a claim that it can test.
 
-`1.7b`, `4b`, `8b` have the published budgets (2.36 B tokens; 91 A800 hours for 1.7b) for a converted
-Qwen3 in `--config.teacher`. Their selection asks our needle tests and next tokens of text, where
-the paper asks SQuAD, FDA, SWDE and three commonsense benchmarks; `--config.select.layers` takes a
-stack that was chosen elsewhere. Packed documents do not see each other, unlike in the official code.
+`1.7b`, `4b`, `8b` have the published budgets (2.36 B tokens; 91 A800 hours for 1.7b) for a
+converted Qwen3 in `--config.teacher`. Their selection asks our needle tests and next tokens of
+text, where the paper asks SQuAD, FDA, SWDE and three commonsense benchmarks;
+`--config.select.layers` takes a stack that was chosen elsewhere. Packed documents do not see each
+other, unlike in the official code.
 """
 
 from ml_collections import ConfigDict
