@@ -30,9 +30,10 @@ def alignment_gradients(
     ctx = Context(batch["positions"], batch["segments"])
     width = teacher.norm.scale.shape[0]
 
-    def align(block, h, ctx, mixer):
-        x = block.norms[0](h)
-        target = block.mixers[0](x, ctx).astype(jnp.float32)
+    def align(attention, x, ctx, mixer):
+        """Runs the attention, and takes the mixer's gradient where it is at hand."""
+        y = attention(x, ctx)
+        target = y.astype(jnp.float32)
 
         def loss(mixer):
             error = mixer(x, ctx).astype(jnp.float32) - target
@@ -40,11 +41,14 @@ def alignment_gradients(
 
         value, grads = jax.value_and_grad(loss)(mixer)
         power = jnp.sum(real * jnp.square(target)) / (weight * width)
-        h, ctx = block(h, ctx)  # computes the attention again; XLA sees that it is the same
-        return h, ctx, (value, power, grads)
+        return y, (value, power, grads), {}
+
+    def layer(block, h, ctx, mixer):
+        h, ctx, [aligned] = block.residuals(align, h, ctx, [mixer])
+        return h, ctx, aligned
 
     h = teacher.embedding(batch["tokens"], jnp.dtype(teacher.dtype))
-    _, outs = teacher.fold(align, h, ctx, mixers)
+    _, outs = teacher.fold(layer, h, ctx, mixers)
     [[(losses, powers, grads)]] = outs.groups
     errors = {f"error_{i}": (losses[i], powers[i]) for i in range(len(teacher.layers))}
     return jnp.mean(losses), errors, grads

@@ -9,7 +9,7 @@ import optax
 import pytest
 from conversions import batch_of, conversion, mixers_of, teacher_of
 
-from hybridjax.config import OptimizerConfig
+from hybridjax.config import MeshConfig, OptimizerConfig
 from hybridjax.halo.alignment import (
     alignment_gradients,
     alignment_optimizer,
@@ -18,7 +18,8 @@ from hybridjax.halo.alignment import (
 )
 from hybridjax.mixers.base import Context
 from hybridjax.optimizer import make_optimizer
-from hybridjax.train import first_state, make_train_step
+from hybridjax.sharding import make_mesh, place_parameters
+from hybridjax.train import first_state, make_train_step, put_batch
 
 DEPTH, STEPS = 3, 4
 
@@ -110,3 +111,19 @@ def test_microbatches_are_the_whole_batch(rng, clip):
     whole, parts = (align(halo, [batch], n)[1] for n in (1, 2))
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
     jax.tree.map(close, whole, parts)
+
+
+def test_gradients_on_a_mesh_are_those_of_one_device(rng):
+    halo, batch = halo_of("layer"), jax.device_get(batch_of(rng, batch=4))
+
+    def gradients_on(mesh):
+        with jax.set_mesh(mesh):
+            teacher = jax.jit(place_parameters)(teacher_of(halo))
+            mixers, there = mixers_of(halo, teacher), put_batch(batch)
+            weight = jnp.sum(there["loss_weights"])
+            return jax.device_get(jax.jit(alignment_gradients)(mixers, there, weight, teacher))
+
+    one = gradients_on(make_mesh(MeshConfig(), jax.devices()[:1]))
+    many = gradients_on(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+    jax.tree.map(close, one, many)
