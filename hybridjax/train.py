@@ -21,7 +21,7 @@ from hybridjax import command, evaluate, metrics, processes
 from hybridjax.checkpoint import Checkpoints, restore_model
 from hybridjax.config import Config, UserError, typed
 from hybridjax.data import pipeline
-from hybridjax.data.tokenizer import load_tokenizer
+from hybridjax.data.tokenizer import Tokenizer, load_tokenizer
 from hybridjax.loss import next_token_loss
 from hybridjax.mixers.base import Context
 from hybridjax.models.decoder import Decoder
@@ -53,8 +53,6 @@ def main() -> None:
 
 def train(config: Config, workdir: pathlib.Path) -> bool:
     """Trains a language model on the mesh that is set; whether it came to the last step."""
-    tokenizer = _load_tokenizer(config)
-
     # ------------------------------------------------------------ model and optimizer
     abstract_model = jax.eval_shape(lambda: new_model(config))
     optimizer = make_optimizer(config.optimizer, config.steps, abstract_model)
@@ -77,7 +75,7 @@ def train(config: Config, workdir: pathlib.Path) -> bool:
         initial.eval_shape(),
         align=abstract_model.align,
         flops=flops_per_token(abstract_model),
-        measure=lambda model: evaluate.during_training(model, tokenizer, config),
+        measure=lambda model, tokenizer: evaluate.during_training(model, tokenizer, config),
     )
 
 
@@ -90,7 +88,7 @@ def fit(
     *,
     align: int,
     flops: float,
-    measure: Callable[[Any], dict[str, float]] | None = None,
+    measure: Callable[[Any, Tokenizer], dict[str, float]] | None = None,
 ) -> bool:
     """Takes a state through the steps of a run, from where its directory stands.
 
@@ -105,7 +103,7 @@ def fit(
       whether the last step was taken; False where the run was asked to stop before.
     """
     # ------------------------------------------------------------ data
-    _load_tokenizer(config)
+    tokenizer = _load_tokenizer(config)
     _check_sizes(config)
     loader = pipeline.make_loader(
         config.data,
@@ -171,7 +169,7 @@ def fit(
                 writer.write(step, {**scalars, "learning_rate": rate, **speed})
             if measure and (step % config.evaluation.every == 0 or step == config.steps):
                 with progress.pause():
-                    results = measure(state.model)
+                    results = measure(state.model, tokenizer)
                     writer.write(step, results)
                     progress.note("  ".join(f"{k} {v:.3f}" for k, v in results.items()))
             if step % config.checkpoint.every == 0 or step == config.steps:
@@ -321,7 +319,7 @@ def flops_per_token(model: Decoder) -> float:
     return 6.0 * (matrices - looked_up)
 
 
-def _load_tokenizer(config: Config):
+def _load_tokenizer(config: Config) -> Tokenizer:
     if not config.data.tokenizer:
         raise UserError(
             f"{config.name} has a vocabulary of {config.model.vocab} and no tokenizer: give "

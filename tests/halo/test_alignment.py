@@ -98,6 +98,7 @@ def test_each_layer_is_clipped_by_its_own_norm():
     np.testing.assert_allclose(clipped["a"], [[0.6, 0.0], [0.3, 0.0]], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_published_clipping_is_not_by_layer(rng):
     batch = batch_of(rng)
     by_layer, by_all = (align(halo_of(clip), [batch] * 2)[1] for clip in ("layer", "global"))
@@ -105,6 +106,7 @@ def test_the_published_clipping_is_not_by_layer(rng):
     assert not all(jax.tree.leaves(same))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clip", ("layer", "global"))
 def test_microbatches_are_the_whole_batch(rng, clip):
     halo, batch = halo_of(clip), batch_of(rng, batch=4)
@@ -113,6 +115,7 @@ def test_microbatches_are_the_whole_batch(rng, clip):
     jax.tree.map(close, whole, parts)
 
 
+@pytest.mark.slow
 def test_gradients_on_a_mesh_are_those_of_one_device(rng):
     halo, batch = halo_of("layer"), jax.device_get(batch_of(rng, batch=4))
 

@@ -85,6 +85,7 @@ def test_a_selection_goes_on_with_the_layers_that_are_left(tmp_path, converted):
     assert all(rule in done.out for rule in whole["kept"]) and "0.1230" in done.out
 
 
+@pytest.mark.slow
 def test_layers_chosen_by_hand(tmp_path, converted):
     for stage in ("teacher", "transfer", "align"):
         shutil.copytree(converted / stage, tmp_path / stage)

@@ -96,6 +96,7 @@ def test_memory_does_not_grow_with_the_length(monkeypatch):
 MESH = MeshConfig(data=2, fsdp=1, tensor=2, context=2)
 
 
+@pytest.mark.slow
 def test_a_step_on_a_mesh_is_the_step_on_one_device(rng):
     halo, batch = conversion(), jax.device_get(batch_of(rng, batch=4))
 
@@ -131,6 +132,7 @@ def test_the_divergence_on_a_mesh(rng, monkeypatch):
     jax.tree.map(close, found, expected)
 
 
+@pytest.mark.slow
 def test_the_student_learns_from_a_step(rng):
     """The divergence falls on the batch that was seen."""
     halo, batch = conversion(), batch_of(rng)
