@@ -164,6 +164,15 @@ def restore_model(
     return state["model"], step, metadata
 
 
+def latest_step(workdir: str | os.PathLike) -> int | None:
+    """The step of the newest checkpoint of a run, None where there is none; reads only."""
+    directory = _directory(workdir)
+    if not directory.exists():
+        return None
+    with ocp.training.Checkpointer(directory) as checkpointer:
+        return max((checkpoint.step for checkpoint in checkpointer.checkpoints), default=None)
+
+
 def update_metadata(workdir: str | os.PathLike, step: int, updates: Mapping[str, Any]) -> None:
     """Add to the metadata of a checkpoint that is already written."""
     path = _later_metadata(workdir, step)

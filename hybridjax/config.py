@@ -191,8 +191,11 @@ def choose(
     arg: str | None,
     presets: Mapping[str, Callable[[], ConfigDict]],
     variants: Mapping[str, Callable[[ConfigDict], None]] = types.MappingProxyType({}),
+    cls: type = Config,
 ) -> ConfigDict:
     """The config that `PRESET[,VARIANT...][,key=value...]` names; no argument: the first preset.
+
+    `cls`: what a command makes of it, whose defaults are filled in.
 
     Raises:
       UserError: a preset, variant or key that does not exist, or a value of another type.
@@ -202,7 +205,7 @@ def choose(
         raise UserError(f"unknown preset {preset!r}{_did_you_mean(preset, presets)}")
     config = presets[preset]()
     config.name = "-".join([config.name, preset, *(c for c in changes if c in variants)])
-    _fill_defaults(config, Config)
+    _fill_defaults(config, cls)
     for change in changes:
         key, equals, value = change.partition("=")
         if equals:
@@ -245,12 +248,19 @@ def _fill_defaults(config: ConfigDict, cls: type) -> None:
     """Adds the settings that have a default, so that each can be overridden."""
     for field in dataclasses.fields(cls):
         value = config.get(field.name, field.default)
-        if dataclasses.is_dataclass(field.type):
-            if field.name not in config:
+        given = isinstance(value, ConfigDict)
+        section = next((t for t in _alternatives(field.type) if dataclasses.is_dataclass(t)), None)
+        if section and (given or section is field.type):
+            if not given:
                 config[field.name] = ConfigDict()
-            _fill_defaults(config[field.name], field.type)
+            _fill_defaults(config[field.name], section)
         elif value is not dataclasses.MISSING:
             config[field.name] = value
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    """X and None of `X | None`; any other type alone."""
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
 
 
 # ---------------------------------------------------------------- components named by a spec

@@ -78,7 +78,7 @@ def measure(run: Run) -> dict[str, Any]:
         cell
         for facts in ev.facts
         for times in ev.lengths
-        if _fits(haystack, times * config.seq_len, facts)
+        if fits(haystack, times * config.seq_len, facts)
         for cell in needle.needle(
             run.model,
             haystack,
@@ -113,7 +113,7 @@ def during_training(model: Decoder, tokenizer: Tokenizer, config: Config) -> dic
     text = heldout.bits_per_byte(model, tokenizer, rows)
     results = {"heldout_bits_per_byte": text.bits_per_byte}
     haystack = Haystack(tokenizer, ev.split, **ev.task)
-    fitting = [t for t in ev.lengths if ev.facts and _fits(haystack, t * length, ev.facts[0])]
+    fitting = [t for t in ev.lengths if ev.facts and fits(haystack, t * length, ev.facts[0])]
     for times in fitting[::3][:2]:
         [cell] = needle.needle(
             model,
@@ -163,7 +163,8 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _fits(haystack: Haystack, length: int, facts: int) -> bool:
+def fits(haystack: Haystack, length: int, facts: int) -> bool:
+    """Whether a text of this length has room for so many facts."""
     try:
         haystack.check(length + 1, facts)
     except UserError:

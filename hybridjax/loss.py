@@ -2,10 +2,12 @@
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from hybridjax.layers.embedding import head_logits
 from hybridjax.models.decoder import Decoder
@@ -53,21 +55,30 @@ def _token_losses(
     def losses(h, targets):
         logits = head_logits(h, head)
         log_z = jax.nn.logsumexp(logits, axis=-1)
-        target_logit = _pick(logits, targets)
+        target_logit = pick(logits, targets)
         nats = log_z - target_logit
         hit = target_logit >= jnp.max(logits, axis=-1)
         return nats + z_loss * jnp.square(log_z), nats, hit.astype(jnp.float32)
 
-    count = _slices(*targets.shape, head.shape[1] // ways("vocab", head.shape[1]))
+    return in_slices(losses, head.shape[1], h, targets)
+
+
+def in_slices(f: Callable, vocab: int, *rows: Shaped[Array, "B T ..."]) -> Any:
+    """`f(*rows)`, values per token, on slices of the tokens that have at most `SLICE` logits.
+
+    Slices are scanned, and what `f` makes of one is made again in the backward pass.
+    """
+    batch, length = rows[0].shape[:2]
+    count = _slices(batch, length, vocab // ways("vocab", vocab))
     if count == 1:
-        return losses(h, targets)
-    split = lambda x: jnp.moveaxis(x.reshape(x.shape[0], count, -1, *x.shape[2:]), 1, 0)
-    join = lambda x: jnp.moveaxis(x, 0, 1).reshape(targets.shape)
-    body = lambda _, part: (None, jax.checkpoint(losses)(*part))
-    return jax.tree.map(join, jax.lax.scan(body, None, (split(h), split(targets)))[1])
+        return f(*rows)
+    split = lambda x: jnp.moveaxis(x.reshape(batch, count, -1, *x.shape[2:]), 1, 0)
+    join = lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, length)
+    body = lambda _, part: (None, jax.checkpoint(f)(*part))
+    return jax.tree.map(join, jax.lax.scan(body, None, tuple(map(split, rows)))[1])
 
 
-def _pick(logits: Float[Array, "B T vocab"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
+def pick(logits: Float[Array, "B T vocab"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
     """`logits[b, t, targets[b, t]]`, as a sum so that a sharded vocabulary stays where it is."""
     chosen = jnp.arange(logits.shape[-1]) == targets[..., None]
     return jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)

@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import flags
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from hybridjax import command, evaluate, huggingface, metrics, processes
 from hybridjax.checkpoint import Checkpoints, restore_model
 from hybridjax.config import Config, UserError, typed
-from hybridjax.data.pipeline import make_loader
-from hybridjax.data.tokenizer import load_tokenizer
+from hybridjax.data import pipeline
+from hybridjax.data.tokenizer import Tokenizer, load_tokenizer
 from hybridjax.loss import next_token_loss
 from hybridjax.mixers.base import Context
 from hybridjax.models.decoder import Decoder
@@ -37,7 +38,7 @@ Batch = dict[str, Array]
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     step: Int[Array, ""]
-    model: Decoder
+    model: nnx.Module  # a Decoder, or what else is trained
     opt_state: optax.OptState
 
 
@@ -45,14 +46,64 @@ def main() -> None:
     config = typed(command.config())
     workdir = pathlib.Path(flags.FLAGS.workdir or f"runs/{config.name}")
     check_owner(workdir, dataclasses.asdict(config), allowed=MAY_CHANGE)
+    jax.set_mesh(make_mesh(config.mesh))
+    if train(config, workdir):
+        evaluate.report(workdir)
 
-    # ------------------------------------------------------------ mesh and data
-    mesh = make_mesh(config.mesh)
-    jax.set_mesh(mesh)
+
+def train(config: Config, workdir: pathlib.Path) -> bool:
+    """Trains a language model on the mesh that is set; whether it came to the last step."""
+    # ------------------------------------------------------------ model and optimizer
+    abstract_model = jax.eval_shape(lambda: new_model(config))
+    optimizer = make_optimizer(config.optimizer, config.steps, abstract_model)
+    initial = jax.jit(lambda: new_state(config, optimizer))
+
+    def start() -> TrainState:
+        """A pretrained model, or from scratch."""
+        state = initial()
+        if config.init_from:
+            state = dataclasses.replace(state, model=pretrained(config, state.model))
+        return state
+
+    return fit(
+        config,
+        workdir,
+        make_train_step(optimizer, config),
+        start,
+        initial.eval_shape(),
+        align=abstract_model.align,
+        flops=flops_per_token(abstract_model),
+        measure=lambda model, tokenizer: evaluate.during_training(model, tokenizer, config),
+    )
+
+
+def fit(
+    config: Config,
+    workdir: pathlib.Path,
+    train_step: Callable[[Any, Batch], tuple[Any, dict[str, Array]]],
+    start: Callable[[], Any],
+    abstract: Any,
+    *,
+    align: int,
+    flops: float,
+    measure: Callable[[Any, Tokenizer], dict[str, float]] | None = None,
+) -> bool:
+    """Takes a state through the steps of a run, from where its directory stands.
+
+    Args:
+      start: the state of a run without a checkpoint of its own.
+      abstract: the same as shapes; a `TrainState` of anything that is trained.
+      align: documents of a packed row start at multiples of this many tokens.
+      flops: per token, forward and backward.
+      measure: what to measure of a model as the run goes.
+
+    Returns:
+      whether the last step was taken; False where the run was asked to stop before.
+    """
+    # ------------------------------------------------------------ data
     tokenizer = _load_tokenizer(config)
     _check_sizes(config)
-    align = jax.eval_shape(lambda: Decoder(config.model, jax.random.key(0))).align
-    loader = make_loader(
+    loader = pipeline.make_loader(
         config.data,
         seq_len=config.seq_len,
         batch_size=config.batch_size,
@@ -62,29 +113,21 @@ def main() -> None:
         process=jax.process_index(),
     )
 
-    # ------------------------------------------------------------ model and optimizer
-    abstract_model = jax.eval_shape(lambda: new_model(config))
-    optimizer = make_optimizer(config.optimizer, config.steps, abstract_model)
-    initial = jax.jit(lambda: new_state(config, optimizer))
+    # ------------------------------------------------------------ own checkpoint, else the start
     learning_rate = schedule(config.optimizer, config.steps)
-    train_step = make_train_step(optimizer, config)
-
-    # ------------------------------------------------------------ start: in order of precedence
-    # 1. this run's own newest checkpoint   2. a pretrained model   3. scratch
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep, best=config.checkpoint.best)
     if checkpoints.latest is not None:
-        state, step, metadata = checkpoints.restore(initial.eval_shape(), loader)
+        state, step, metadata = checkpoints.restore(abstract, loader)
         _check_length(config, metadata["config"], step)
     else:
-        state, step = initial(), 0
-        if config.init_from:
-            state = dataclasses.replace(state, model=pretrained(config, state.model))
+        state, step = start(), 0
     claim(workdir, dataclasses.asdict(config), allowed=MAY_CHANGE)
 
     writer = metrics.MetricWriter(workdir, resume_step=step)
     tokens_per_step = config.batch_size * config.seq_len
-    progress = metrics.Progress(config.steps, tokens_per_step, step, flops_per_token(state.model))
+    progress = metrics.Progress(config.steps, tokens_per_step, step, flops)
     parameters = sum(x.size for x in jax.tree.leaves(state.model))
+    mesh = jax.sharding.get_mesh()
     progress.note(
         f"{config.name}: {parameters:,} parameters, {config.model.layers}, "
         f"{mesh.size} {jax.devices()[0].platform} device(s), {workdir}"
@@ -122,9 +165,9 @@ def main() -> None:
                 speed = progress.report(step, scalars["loss"])
                 rate = float(learning_rate(step - 1))
                 writer.write(step, {**scalars, "learning_rate": rate, **speed})
-            if step % config.evaluation.every == 0 or step == config.steps:
+            if measure and (step % config.evaluation.every == 0 or step == config.steps):
                 with progress.pause():
-                    results = evaluate.during_training(state.model, tokenizer, config)
+                    results = measure(state.model, tokenizer)
                     writer.write(step, results)
                     progress.note("  ".join(f"{k} {v:.3f}" for k, v in results.items()))
             if step % config.checkpoint.every == 0 or step == config.steps:
@@ -136,11 +179,9 @@ def main() -> None:
         checkpoints.close()
         writer.close()
 
-    # ------------------------------------------------------------ what it has learnt
     if step < config.steps:
         progress.note(f"stopped at step {step}; the same command resumes")
-        return
-    evaluate.report(workdir)
+    return step == config.steps
 
 
 def new_model(config: Config) -> Decoder:
@@ -150,65 +191,98 @@ def new_model(config: Config) -> Decoder:
 
 def pretrained(config: Config, like: Decoder) -> Decoder:
     """The model of another run, or of a Hugging Face directory."""
-    source, at = _source(config.init_from)
+    source, at = source_of(config.init_from)
     if huggingface.is_huggingface(source):
         return huggingface.open_directory(source).load(config.model)
     return restore_model(source, like, at)[0]
 
 
 def new_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
-    model = new_model(config)
+    return first_state(new_model(config), optimizer)
+
+
+def first_state(model: nnx.Module, optimizer: optax.GradientTransformation) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model))
 
 
+# ---------------------------------------------------------------- one update
+
+
 def make_train_step(
-    optimizer: optax.GradientTransformation, config: Config
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
-    """One jitted update; `accumulate` microbatches give the gradient of the whole batch."""
+    optimizer: optax.GradientTransformation, config: Config, gradients: Callable | None = None
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """One jitted update; `accumulate` microbatches give the gradient of the whole batch.
 
-    def loss_sum(model: Decoder, batch: Batch) -> tuple[Array, dict[str, Array]]:
-        ctx = Context(batch["positions"], batch["segments"])
-        h = model.hidden(batch["tokens"], ctx)
-        weights = batch["loss_weights"]
-        total, nats, hit = next_token_loss(model, h, batch["targets"], weights, config.z_loss)
-        real, asked = batch["segments"] > 0, batch["answers"] > 0
-        return total, dict(
-            nats=jnp.sum(nats * real),
-            tokens=jnp.sum(real, dtype=jnp.float32),
-            hits=jnp.sum(hit * asked),
-            answers=jnp.sum(asked, dtype=jnp.float32),
-        )
+    Args:
+      gradients: `(model, batch, weight, *fixed) -> (loss, means, gradient)`, all of which add up
+        over the parts of a batch whose `loss_weights` sum to `weight`; `means` are pairs of a sum
+        and its count. None: of the next-token loss.
+    Returns:
+      `(state, batch, *fixed) -> (state, scalars)`.
+    """
+    gradients = gradients or gradients_of(functools.partial(next_token_sums, config.z_loss))
 
-    def gradients(model: Decoder, batch: Batch):
-        """Loss, sums and gradient of the mean over the batch's weights."""
+    def over_parts(model, batch: Batch, *fixed):
         weight = jnp.maximum(jnp.sum(batch["loss_weights"]), 1e-8)
-        loss = lambda model, part: (lambda v, aux: (v / weight, aux))(*loss_sum(model, part))
-        grad = jax.value_and_grad(loss, has_aux=True)
+        one = lambda part: gradients(model, part, weight, *fixed)
         if config.accumulate == 1:
-            return grad(model, batch)
+            return one(batch)
 
         def body(total, part):
-            return jax.tree.map(jnp.add, total, grad(model, part)), None
+            return jax.tree.map(jnp.add, total, one(part)), None
 
         parts = {name: _microbatches(x, config.accumulate) for name, x in batch.items()}
         first = jax.tree.map(lambda x: x[0], parts)
-        zeros = jax.tree.map(lambda x: jnp.zeros_like(x), jax.eval_shape(grad, model, first))
+        zeros = jax.tree.map(lambda x: jnp.zeros_like(x), jax.eval_shape(one, first))
         return jax.lax.scan(body, zeros, parts)[0]
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        (loss, sums), grads = gradients(state.model, batch)
+    def train_step(state: TrainState, batch: Batch, *fixed) -> tuple[TrainState, dict[str, Array]]:
+        loss, means, grads = over_parts(state.model, batch, *fixed)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
         model = optax.apply_updates(state.model, updates)
         scalars = {
             "loss": loss,
-            "cross_entropy": sums["nats"] / sums["tokens"],
-            "answer_accuracy": sums["hits"] / jnp.maximum(sums["answers"], 1.0),
+            **{name: total / jnp.maximum(count, 1e-8) for name, (total, count) in means.items()},
             "gradient_norm": optax.tree.norm(grads),
         }
         return TrainState(state.step + 1, model, opt_state), scalars
 
     return train_step
+
+
+def gradients_of(loss_sums: Callable) -> Callable:
+    """What `make_train_step` wants, of `(model, batch, *fixed) -> (sum of the loss, means)`."""
+
+    def gradients(model, batch: Batch, weight: Float[Array, ""], *fixed):
+        def loss(model):
+            total, means = loss_sums(model, batch, *fixed)
+            return total / weight, means
+
+        (value, means), grads = jax.value_and_grad(loss, has_aux=True)(model)
+        return value, means, grads
+
+    return gradients
+
+
+def next_token_sums(z_loss: float, model: Decoder, batch: Batch) -> tuple[Array, dict]:
+    """The weighted sum of the next-token loss, and what is logged beside it."""
+    h = model.hidden(batch["tokens"], Context(batch["positions"], batch["segments"]))
+    weights = batch["loss_weights"]
+    total, nats, hit = next_token_loss(model, h, batch["targets"], weights, z_loss)
+    return total, {"cross_entropy": real_mean(nats, batch), "answer_accuracy": hits(hit, batch)}
+
+
+def real_mean(values: Float[Array, "B T"], batch: Batch) -> tuple[Array, Array]:
+    """The sum of the values of real tokens, and their number."""
+    real = batch["segments"] > 0
+    return jnp.sum(values * real), jnp.sum(real, dtype=jnp.float32)
+
+
+def hits(hit: Float[Array, "B T"], batch: Batch) -> tuple[Array, Array]:
+    """The answer tokens that were predicted, and all answer tokens."""
+    asked = batch["answers"] > 0
+    return jnp.sum(hit * asked), jnp.sum(asked, dtype=jnp.float32)
 
 
 def _microbatches(x: Array, count: int) -> Array:
@@ -247,11 +321,11 @@ def flops_per_token(model: Decoder) -> float:
     """Forward and backward FLOPs: 6 per parameter of the matrices. Attention scores are left out,
     and so is an embedding that is only looked up."""
     matrices = sum(x.size for x in jax.tree.leaves(model) if x.ndim >= 2)
-    looked_up = 0 if model.head is None else model.embedding.table[...].size
+    looked_up = 0 if model.head is None else sum(x.size for x in jax.tree.leaves(model.embedding))
     return 6.0 * (matrices - looked_up)
 
 
-def _load_tokenizer(config: Config):
+def _load_tokenizer(config: Config) -> Tokenizer:
     if not config.data.tokenizer:
         raise UserError(
             f"{config.name} has a vocabulary of {config.model.vocab} and no tokenizer: give "
@@ -282,7 +356,7 @@ def _check_sizes(config: Config) -> None:
         )
 
 
-def _source(init_from: str) -> tuple[str, int | None]:
+def source_of(init_from: str) -> tuple[str, int | None]:
     """(workdir, step) of `workdir[@step]`."""
     workdir, at, step = init_from.rpartition("@")
     return (workdir, int(step)) if at and step.isdigit() else (init_from, None)

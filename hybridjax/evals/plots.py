@@ -126,6 +126,57 @@ def needle_lines(results: Sequence[dict[str, Any]], path: str | os.PathLike) -> 
         _save(figure, path)
 
 
+def conversion(
+    results: dict[str, Any],
+    losses: dict[str, Sequence[dict[str, Any]]],
+    scores: dict[str, Any],
+    path: str | os.PathLike,
+) -> None:
+    """HALO: the loss of each stage, what the rules make of each layer, recall by length."""
+    with plt.rc_context(_STYLE):
+        figure, (stages, layers, recall) = plt.subplots(
+            1, 3, figsize=(12.5, 3.4), layout="constrained"
+        )
+        for stage, lines in losses.items():
+            trained = [line for line in lines if "loss" in line]
+            done = [line["step"] / trained[-1]["step"] for line in trained]
+            stages.plot(done, [float(line["loss"]) for line in trained], label=stage)
+        stages.set(
+            xlabel="part of the stage", ylabel="loss of the stage", yscale="log",
+            title="stages (MSE, KL, cross-entropy)",
+        )  # fmt: skip
+        stages.legend(frameon=False, fontsize=8)
+        _importance(layers, scores, results["layers"])
+        for i, (name, model) in enumerate(results["models"].items()):
+            times = [c["times"] for c in model["needle"]]
+            exact = [c["exact"] for c in model["needle"]]
+            recall.plot(times, exact, marker="o", markersize=3, color=f"C{i}", label=name)
+        recall.set_xscale("log", base=2)
+        recall.set_xticks(times, [f"{t}x" for t in times])
+        recall.set(
+            xlabel=f"length / {results['train_length']}, the teacher's", ylim=(-0.02, 1.02),
+            ylabel="needle exact match", title="recall by length",
+        )  # fmt: skip
+        recall.legend(frameon=False, fontsize=8)
+        _save(figure, path)
+
+
+def _importance(ax, scores: dict[str, Any], stack: str) -> None:
+    """Bars per layer and rule, each rule's largest score as 1; a star where the rule keeps it."""
+    rules = scores.get("importance", {})
+    for i, (rule, values) in enumerate(rules.items()):
+        largest = max(max(values), 1e-12)
+        places = [layer + 0.8 * (i + 0.5) / len(rules) - 0.4 for layer in range(len(values))]
+        ax.bar(places, [v / largest for v in values], 0.8 / len(rules), color=f"C{i}", label=rule)
+        for layer in scores["kept"][rule]:
+            ax.plot(places[layer], max(values[layer], 0) / largest + 0.04, "*", color=f"C{i}")
+    ax.set_xticks(range(len(stack)), [f"{i}\n{c}" for i, c in enumerate(stack)])
+    ax.set(xlabel="layer, and what it became", ylabel="importance / the rule's largest")
+    ax.set_title("layers (star: the rule keeps it)")
+    if rules:
+        ax.legend(frameon=False, fontsize=8)
+
+
 def _scaling(base: float | None) -> str:
     return "no log scaling" if base is None else f"log scaling, a = {base:g}"
 

@@ -1,5 +1,6 @@
 """The residual block: one letter of the stack."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -92,7 +93,7 @@ class Block(nnx.Module):
             y, published = out if mixer.publishes else (out, {})
             return y, None, published
 
-        h, ctx, _ = self._residuals(run, h, ctx, [None] * len(self.mixers))
+        h, ctx, _ = self.residuals(run, h, ctx, [None] * len(self.mixers))
         return h, ctx
 
     def init_state(self, batch: int, max_length: int, dtype: jnp.dtype) -> tuple:
@@ -105,10 +106,16 @@ class Block(nnx.Module):
             y, state, *published = mixer.extend(x, state, ctx)
             return y, state, published[0] if published else {}
 
-        h, ctx, states = self._residuals(run, h, ctx, states)
+        h, ctx, states = self.residuals(run, h, ctx, states)
         return h, tuple(states), ctx
 
-    def _residuals(self, run, h, ctx, states):
+    def residuals(
+        self, run: Callable, h: Float[Array, "B T D"], ctx: Context, states: Sequence
+    ) -> tuple[Float[Array, "B T D"], Context, list]:
+        """The block with each mixer run by `run(mixer, x, ctx, state) -> (y, state, published)`.
+
+        `states`: one per mixer, whatever `run` wants; the new ones are returned.
+        """
         norms, output_norms = iter(self.norms), iter(self.output_norms)
 
         def branch(y):
