@@ -102,19 +102,20 @@ def read_schedule(kernel: str, tokens: int) -> dict:
                if re.match(r"\s*(0x[0-9a-f]+|0)[^{]*>", line)]
     regions = re.findall(r"ordinal=(\d+) before=\d+ after=(\d+)",
                          "\n".join(read("region-expansion")))
-    # Regions 0 and 1 enclose everything; the largest other one is the loop's body.
+    use, cycles_of_largest = unit_use(kernel)
+    # Regions 0 and 1 enclose everything; the largest other one is the loop's body, if it has one.
     cycles = max(int(after) for ordinal, after in regions if int(ordinal) > 1)
     if cycles < len(in_loop):
-        raise RuntimeError(f"{kernel}: no region holds the loop of {len(in_loop)} bundles")
-    use = unit_use(kernel)
+        cycles = cycles_of_largest
     busiest = max((unit for unit in use if unit != "spills"), key=use.get)
     return dict(cycles_per_token=round(cycles / tokens, 3), cycles_per_step=cycles,
                 matrix_unit=use.get("MXU", 0), spills=use["spills"], busiest=UNITS[busiest],
                 busiest_share=use[busiest])
 
 
-def unit_use(kernel: str) -> dict:
-    """Shares of the slots in use, by unit, over the largest part of the kernel, and spills."""
+def unit_use(kernel: str) -> tuple[dict, int]:
+    """Shares of the slots in use, by unit, over the largest part of the kernel, and spills; and
+    the cycles of that part."""
     [file] = _DUMP.glob("*-TLP-*-hlo-static-bundle-profile.txt")
     parts = []
     for block in file.read_text(errors="replace").split("HLO: ")[1:]:
@@ -127,7 +128,7 @@ def unit_use(kernel: str) -> dict:
         name = next((x for x in UNITS if unit.startswith(x)), None)
         if name and capacity and not unit.endswith("ESTIMATED_STARVATION"):
             use[name] = max(use.get(name, 0), round(used / capacity, 3))
-    return use
+    return use, body["VECTOR_EUP"][1]
 
 
 def estimate_xla(chip: str, direction: str) -> float:

@@ -119,7 +119,27 @@ def _rule_forward(plan, q, k, v, beta, decay, initial_state, segments):
 
 
 def _rule_backward(plan, saved, gradients):
-    raise NotImplementedError
+    q, k, v, rows, states, segments = saved
+    *gradients, dweights, dstate = tpu_kernels.backward(plan, rows, q, k, v, *gradients, states)
+    return *gradients, *_gate_gradients(plan, dweights, segments), dstate, None
+
+
+def _gate_gradients(plan, dweights, segments):
+    """Those of beta and of the decay, [B, T, H], from the kernel's rows.
+
+    As in `xla.py`: a token's decay is part of all that reaches it or later ones, and of what
+    earlier ones write to the outgoing state.
+    """
+    B, N, G, _, C = dweights.shape
+    dweights = dweights.reshape(B, N, G, 3, plan.heads, C)
+    dbeta, reaching, write = (
+        dweights[:, :, :, i].transpose(0, 1, 4, 2, 3).reshape(B, N, C, -1) for i in range(3))
+    later = jnp.flip(jnp.cumsum(jnp.flip(reaching, 2), axis=2), 2)
+    ddecay = later + (jnp.cumsum(write, axis=2) - write)
+    dbeta, ddecay = (x.reshape(B, N * C, -1) for x in (dbeta, ddecay))
+    if segments is not None:  # the decay of padding is not used
+        ddecay = jnp.where(segments[..., None] != 0, ddecay, 0)
+    return dbeta, ddecay
 
 
 _rule.defvjp(_rule_forward, _rule_backward)

@@ -12,6 +12,7 @@ the latencies of the products that do.
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +60,17 @@ class Plan:
         first = head * self.queries // self.heads
         return range(first, first + group)
 
+    def output(self, query, head):
+        return query if self.queries > self.heads else head
+
+    # Rows of the array of their gradients.
+    def gradient(self, name, head=0):
+        return ("beta", "reaching", "write").index(name) * self.heads + head
+
+    @property
+    def gradients(self):
+        return 3 * self.heads
+
 
 def _dot(a, b, contract):
     """A product of matrices in f32; `contract` names a dimension of each."""
@@ -77,14 +89,12 @@ class _Chunk:
     """
 
     def __init__(self, plan, index, rows_ref, columns_ref):
-        self.plan = plan
+        self.plan, self.index = plan, index
         self.rows_ref, self.columns_ref = rows_ref.at[0, index, 0], columns_ref.at[index]
         self.tokens = slice(index * plan.chunk, (index + 1) * plan.chunk)
 
-    def at(self, head, width, tile=None):
-        """Where an array holds a head, or a tile of LANES of it."""
-        start, size = (0, width) if tile is None else (tile * LANES, LANES)
-        return 0, self.tokens, slice(head * width + start, head * width + start + size)
+    def at(self, head, width):
+        return 0, self.tokens, slice(head * width, (head + 1) * width)
 
     def row(self, name, head=0):
         at = self.plan.row(name, head)
@@ -117,6 +127,16 @@ def _chunks_of_step(plan, rows_ref, columns_ref):
     return [_Chunk(plan, index, rows_ref, columns_ref) for index in range(plan.chunks)]
 
 
+def _lockstep(chains):
+    """Runs generators from `yield` to `yield` in turns.
+
+    The compiler hardly reorders over long distances: chains written one after the other would each
+    wait for their own latencies.
+    """
+    for _ in itertools.zip_longest(*chains):
+        pass
+
+
 # ---------------------------------------------------------------- the triangular system
 
 _BLOCK = 16
@@ -125,26 +145,28 @@ _BLOCK = 16
 def _unit_lower_inverse(a, exact):
     """`(I + a)^-1` for a strictly lower triangular `a` [C, C], as in `triangular.py`."""
     C = len(a)
-    block = lax.broadcasted_iota(jnp.int32, (_BLOCK, C), 1) // _BLOCK
-    blocks = range(C // _BLOCK)
-    rows = lambda i: slice(i * _BLOCK, (i + 1) * _BLOCK)
-    diagonal = functools.reduce(lambda x, i: jnp.where(block == i, a[rows(i)], x), blocks, 0.0)
-    x = _blocks_inverse(diagonal)
-    x = jnp.concatenate([jnp.where(block == i, x, 0.0) for i in blocks])
+    block = lax.broadcasted_iota(jnp.int32, (_BLOCK, C), 1) >> 4
+    diagonal = jnp.zeros((_BLOCK, C))
+    for index in range(C // _BLOCK):
+        rows = a[index * _BLOCK:(index + 1) * _BLOCK]
+        diagonal = jnp.where(block == index, rows, diagonal)
+    x = yield from _block_inverses(diagonal)
+    x = jnp.concatenate([jnp.where(block == index, x, 0.0) for index in range(C // _BLOCK)])
     size = _BLOCK
     while size < C:
-        x = _merge(a, x, size, exact)
+        x = yield from _merge(a, x, size, exact)
         size *= 2
     return x
 
 
-def _blocks_inverse(a):
+def _block_inverses(a):
     """The inverses of I + blocks side by side, [16, C], by substitution."""
     i, j = (lax.broadcasted_iota(jnp.int32, a.shape, axis) for axis in (0, 1))
-    x = jnp.where(i == j % _BLOCK, 1.0, 0.0)
+    within = j & (_BLOCK - 1)
+    x = jnp.where(i == within, 1.0, 0.0)
     for row in range(_BLOCK - 1):
-        factor = jnp.take_along_axis(a, j - j % _BLOCK + row, axis=1)
-        x -= factor * x[row:row + 1]
+        x -= jnp.take_along_axis(a, j - within + row, axis=1) * x[row:row + 1]
+        yield
     return x
 
 
@@ -153,16 +175,19 @@ def _merge(a, x, size, exact):
     C = len(a)
     column = lax.broadcasted_iota(jnp.int32, (size, C), 1)
     lower = range(size, C, 2 * size)
-    off = [jnp.where((column >= i - size) & (column < i), a[i:i + size], 0.0) for i in lower]
-    product = _product(jnp.concatenate(off), x, exact)
-    parts = [product[n * size:(n + 1) * size] for n in range(len(lower))]
     nothing = jnp.zeros((size, C))
-    product = jnp.concatenate([x for part in parts for x in (nothing, part)])
-    second = jnp.concatenate([x[i:i + size] for i in lower])
-    product = second - _product(second, product, exact)
-    parts = [product[n * size:(n + 1) * size] for n in range(len(lower))]
-    firsts = [x[i - size:i] for i in lower]
-    return jnp.concatenate([x for pair in zip(firsts, parts, strict=True) for x in pair])
+
+    def spread(rows):
+        blocks = [rows[n * size:(n + 1) * size] for n in range(len(lower))]
+        return jnp.concatenate([x for block in blocks for x in (nothing, block)])
+
+    off = jnp.concatenate([jnp.where((column >= i - size) & (column < i), a[i:i + size], 0.0)
+                           for i in lower])
+    product = _product(off, x, exact)
+    yield
+    product = _product(jnp.concatenate([x[i:i + size] for i in lower]), spread(product), exact)
+    yield
+    return x - spread(product)
 
 
 def _product(a, b, exact):
@@ -195,29 +220,129 @@ def _forward_kernel(plan, K, V, keep_states, *refs):
 
     if keep_states:
         states_ref[0][0, 0] = state_ref[0]
+    def step(chunk, head):
+        k = k_ref[chunk.at(plan.key(head), K)]
+        intra, beta, read = chunk.intra(head), chunk.column("beta", head), chunk.column("read", head)
+        a = _strictly_lower(beta * _dot(k, k, _NT) * intra)
+        yield
+        inverse = yield from _unit_lower_inverse(a, plan.exact)
+        state = state_ref[0, head].astype(k.dtype)
+        error = v_ref[chunk.at(head, V)] - read * _dot(k, state, _NN)
+        yield
+        written = _dot(inverse.astype(k.dtype), (beta * error).astype(k.dtype), _NN)
+        yield
+        k_write = (k.T * chunk.row("write", head)).astype(k.dtype)
+        written = written.astype(k.dtype)
+        state_ref[0, head] = chunk.keep(head) * state_ref[0, head] + _dot(k_write, written, _NN)
+        for query in plan.queries_of(head):
+            yield
+            q = q_ref[chunk.at(query, K)]
+            p = (plan.scale * _dot(q, k, _NT) * intra).astype(k.dtype)
+            o = _dot(p, written, _NN) + plan.scale * read * _dot(q, state, _NN)
+            o_ref[chunk.at(plan.output(query, head), V)] = o.astype(o_ref.dtype)
+
     for chunk in _chunks_of_step(plan, rows_ref, columns_ref):
-        for head in range(plan.heads):
-            k = k_ref[chunk.at(plan.key(head), K)]
-            intra, beta = chunk.intra(head), chunk.column("beta", head)
-            read = chunk.column("read", head)
-            a = _strictly_lower(beta * _dot(k, k, _NT) * intra)
-            inverse = _unit_lower_inverse(a, plan.exact).astype(k.dtype)
-            for tile in range(V // LANES):
-                at = 0, head, slice(None), slice(tile * LANES, (tile + 1) * LANES)
-                state = state_ref[at]
-                narrow = state.astype(k.dtype)
-                error = v_ref[chunk.at(head, V, tile)] - read * _dot(k, narrow, _NN)
-                written = _dot(inverse, (beta * error).astype(k.dtype), _NN)
-                for query in plan.queries_of(head):
-                    q = q_ref[chunk.at(query, K)]
-                    p = (plan.scale * _dot(q, k, _NT) * intra).astype(k.dtype)
-                    o = _dot(p, written.astype(k.dtype), _NN)
-                    o += plan.scale * read * _dot(q, narrow, _NN)
-                    out = max(query, head) if plan.queries > plan.heads else head
-                    o_ref[chunk.at(out, V, tile)] = o.astype(o_ref.dtype)
-                k_write = (k.T * chunk.row("write", head)).astype(k.dtype)
-                state_ref[at] = chunk.keep(head) * state + _dot(
-                    k_write, written.astype(k.dtype), _NN)
+        _lockstep(step(chunk, head) for head in range(plan.heads))
+
+
+def _backward_kernel(plan, K, V, *refs):
+    (rows_ref, q_ref, k_ref, v_ref, do_ref, dlast_ref, before_ref,
+     dq_ref, dk_ref, dv_ref, dweights_ref, dstate_ref,
+     columns_ref, dcolumns_ref, inverse_ref, written_ref, state_ref, next_ref) = refs
+
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        dstate_ref[...] = dlast_ref[...]
+
+    def again(chunk, head):
+        """What the forward pass did not keep."""
+        index, k = chunk.index, k_ref[chunk.at(plan.key(head), K)]
+        beta, read = chunk.column("beta", head), chunk.column("read", head)
+        a = _strictly_lower(beta * _dot(k, k, _NT) * chunk.intra(head))
+        yield
+        inverse = yield from _unit_lower_inverse(a, plan.exact)
+        state = (before_ref[0, 0, head] if index == 0 else next_ref[head])
+        narrow, inverse = state.astype(k.dtype), inverse.astype(k.dtype)
+        state_ref[index, head], inverse_ref[index, head] = narrow, inverse
+        error = v_ref[chunk.at(head, V)] - read * _dot(k, narrow, _NN)
+        yield
+        written = _dot(inverse, (beta * error).astype(k.dtype), _NN).astype(k.dtype)
+        yield
+        written_ref[index, head] = written
+        if index < plan.chunks - 1:
+            k_write = (k.T * chunk.row("write", head)).astype(k.dtype)
+            next_ref[head] = chunk.keep(head) * state + _dot(k_write, written, _NN)
+
+    def step(chunk, head, dq, dk):
+        index, k, v = chunk.index, k_ref[chunk.at(plan.key(head), K)], v_ref[chunk.at(head, V)]
+        narrow = lambda x: x.astype(k.dtype)
+        intra = chunk.intra(head)
+        beta, read, write = (chunk.column(name, head) for name in ("beta", "read", "write"))
+        written, state = written_ref[index, head], state_ref[index, head]
+        dafter = dstate_ref[0, head]
+        dwritten = write * _dot(k, narrow(dafter), _NN)
+        dk_tail = write * _dot(written, narrow(dafter), _NT)
+        dstate = chunk.keep(head) * dafter
+        kept = jnp.sum(dstate * state, keepdims=True)
+        dk_own, reaching, between = dk_tail, 0.0, 0.0
+        yield
+        for query in plan.queries_of(head):
+            q, do = q_ref[chunk.at(query, K)], do_ref[chunk.at(plan.output(query, head), V)]
+            qk = plan.scale * _dot(q, k, _NT)
+            dqk = _dot(do, written, _NT) * intra
+            dwritten += _dot(narrow(qk * intra).T, do, _NN)
+            yield
+            dq_read = plan.scale * read * _dot(do, state, _NT)
+            dstate += plan.scale * _dot(narrow(q.T * chunk.row("read", head)), do, _NN)
+            yield
+            between += dqk * qk
+            dqk = narrow(plan.scale * dqk)
+            dq[query].append(_dot(dqk, k, _NN) + dq_read)
+            dk_own += _dot(dqk.T, q, _NN)
+            reaching += _rows(dq_read * q)
+            yield
+        dright = _dot(inverse_ref[index, head].T, narrow(dwritten), _NN)
+        dv_ref[chunk.at(head, V)] = (beta * dright).astype(dv_ref.dtype)
+        yield
+        dbeta, dright = _rows(dright * v), narrow(dright)
+        k_right = narrow(k.T * (chunk.row("beta", head) * chunk.row("read", head)))
+        dstate_ref[0, head] = dstate - _dot(k_right, dright, _NN)
+        dk_right = -read * _dot(dright, state, _NT)
+        da = _strictly_lower(-_dot(dright, written, _NT) * intra)
+        yield
+        kk = _dot(k, k, _NT)
+        dkk = beta * da
+        right = _rows(dk_right * k)
+        dbeta += right + _rows(da * kk)
+        between = _strictly_lower(between) + dkk * kk
+        reaching += beta * right + _rows(between)
+        yield
+        dk[plan.key(head)].append(dk_own + beta * dk_right + _dot(narrow(dkk + dkk.T), k, _NN))
+        for name, x in dict(beta=dbeta, reaching=reaching, write=_rows(dk_tail * k)).items():
+            at = plan.gradient(name, head)
+            dcolumns_ref[:, at:at + 1] = x
+        last = lax.broadcasted_iota(jnp.int32, (1, plan.chunk), 1) == plan.chunk - 1
+        at = plan.gradient("reaching", head)
+        dweights_ref[0, index, 0, at:at + 1] = (
+            jnp.where(last, kept, 0.0) - jnp.sum(between, axis=0, keepdims=True))
+
+    chunks = _chunks_of_step(plan, rows_ref, columns_ref)
+    dcolumns_ref[...] = jnp.zeros_like(dcolumns_ref)
+    dweights_ref[...] = jnp.zeros_like(dweights_ref)
+    for chunk in chunks:
+        _lockstep(again(chunk, head) for head in range(plan.heads))
+    for chunk in reversed(chunks):
+        dq, dk = ([[] for _ in range(n)] for n in (plan.queries, plan.keys))
+        _lockstep(step(chunk, head, dq, dk) for head in range(plan.heads))
+        for query, parts in enumerate(dq):
+            dq_ref[chunk.at(query, K)] = sum(parts).astype(dq_ref.dtype)
+        for key, parts in enumerate(dk):
+            dk_ref[chunk.at(key, K)] = sum(parts).astype(dk_ref.dtype)
+        dweights_ref[0, chunk.index, 0] += dcolumns_ref[...].T[:plan.gradients]
+
+
+def _rows(x):
+    return jnp.sum(x, axis=1, keepdims=True)
 
 
 def _specs(plan, K, V, block_of):
@@ -231,10 +356,12 @@ def _specs(plan, K, V, block_of):
         o=at(max(plan.heads, plan.queries), V),
         state=pl.BlockSpec((1, plan.heads, K, V), lambda h, b, n: (b, h, 0, 0)),
         states=pl.BlockSpec((1, 1, plan.heads, K, V), lambda h, b, n: (b, block_of(n), h, 0, 0)),
+        dweights=pl.BlockSpec((1, plan.chunks, 1, plan.gradients, plan.chunk),
+                              lambda h, b, n: (b, block_of(n), h, 0, 0)),
     )
 
 
-def _call(kernel, plan, specs, inputs, outputs, arrays, shapes, grid, name, scratch):
+def _call(kernel, specs, inputs, outputs, arrays, shapes, grid, name, scratch):
     return pl.pallas_call(
         kernel,
         grid=grid,
@@ -260,10 +387,32 @@ def forward(plan, rows, q, k, v, initial_state, keep_states):
         shapes.append(jax.ShapeDtypeStruct((B, blocks, H, K, V), jnp.float32))
         outputs.append("states")
     return _call(
-        functools.partial(_forward_kernel, plan, K, V, keep_states), plan,
+        functools.partial(_forward_kernel, plan, K, V, keep_states),
         _specs(plan, K, V, lambda n: n), ["rows", "q", "k", "v", "state"], outputs,
         [rows, q, k, v, initial_state], shapes, (G, B, blocks),
         "gated_delta_rule_forward", [_columns(plan)])
+
+
+def backward(plan, rows, q, k, v, do, dstate, states):
+    B, T, _ = q.shape
+    _, H, K, V = dstate.shape
+    blocks, G = T // plan.block, H // plan.heads
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
+    shapes += [jax.ShapeDtypeStruct((*rows.shape[:3], plan.gradients, plan.chunk), jnp.float32),
+               jax.ShapeDtypeStruct(dstate.shape, jnp.float32)]
+    per_chunk = lambda *shape: pltpu.VMEM((plan.chunks, plan.heads, *shape), k.dtype)
+    scratch = [
+        _columns(plan),
+        pltpu.VMEM((plan.chunk, LANES), jnp.float32),
+        per_chunk(plan.chunk, plan.chunk), per_chunk(plan.chunk, V), per_chunk(K, V),
+        pltpu.VMEM((plan.heads, K, V), jnp.float32),
+    ]
+    return _call(
+        functools.partial(_backward_kernel, plan, K, V),
+        _specs(plan, K, V, lambda n: blocks - 1 - n),
+        ["rows", "q", "k", "v", "o", "state", "states"], ["q", "k", "v", "dweights", "state"],
+        [rows, q, k, v, do, dstate, states], shapes, (G, B, blocks),
+        "gated_delta_rule_backward", scratch)
 
 
 def _columns(plan):
