@@ -14,7 +14,8 @@ from jax import lax
 
 from pallas_kernels.dispatch import target_platform
 from pallas_kernels.documents import at_borders, cut_at_borders
-from pallas_kernels.gated_delta_rule import chunks, tpu_kernels, xla
+from pallas_kernels.gated_delta_rule import tpu_kernels, xla
+from pallas_kernels.gated_delta_rule.chunks import running_sums
 from pallas_kernels.gated_delta_rule.tpu_kernels import LANES, Plan
 
 
@@ -56,8 +57,11 @@ def _plan(q, k, v, scale, segments, chunk_size):
     chunk = chunk_size or min(128, max(16, 1 << (T - 1).bit_length()))
     if chunk not in (16, 32, 64, 128):
         raise NotImplementedError(f"needs chunk_size 16, 32, 64 or 128, got {chunk}")
-    heads = max(n for n in range(1, 5) if H % n == 0)
-    chunks = min(4, -(-T // chunk))
+    # Four heads hide the latencies; more tokens than 256 hide little more and compile for longer.
+    most = 4 if v.dtype == jnp.bfloat16 else 2
+    most = max(1, most // (-(-K // LANES) * -(-V // LANES)))
+    heads = max(n for n in range(1, most + 1) if H % n == 0)
+    chunks = min(2, -(-T // chunk))
     per_step = lambda total: heads * total // H if heads * total % H == 0 else heads
     return Plan(heads, per_step(Hk), per_step(Hq), chunk, chunks, float(scale),
                 segments is not None, v.dtype == jnp.float32)
@@ -77,7 +81,7 @@ def _weights(plan, beta, decay, segments):
     if segments is not None:
         tokens = in_chunks(segments[..., None])
         decay = jnp.where(tokens != 0, decay, 0)
-    total, rest = chunks.running_sums(decay)
+    total, rest = running_sums(decay)
     left = (total[..., -1:] - total) + (rest[..., -1:] - rest)
     read, write = jnp.exp(total + rest), jnp.exp(left)
     keep = read[..., -1:]

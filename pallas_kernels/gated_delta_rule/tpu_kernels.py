@@ -92,6 +92,7 @@ class _Chunk:
         self.plan, self.index = plan, index
         self.rows_ref, self.columns_ref = rows_ref.at[0, index, 0], columns_ref.at[index]
         self.tokens = slice(index * plan.chunk, (index + 1) * plan.chunk)
+        self._kept = {}
 
     def at(self, head, width):
         return 0, self.tokens, slice(head * width, (head + 1) * width)
@@ -101,21 +102,36 @@ class _Chunk:
         return self.rows_ref[at:at + 1]
 
     def column(self, name, head=0):
-        at = self.plan.row(name, head)
-        return self.columns_ref[:, at:at + 1]
+        return self._once(("column", name, head), lambda: self._column(name, head))
+
+    def intra(self, head):
+        return self._once(("intra", head), lambda: self._intra(head))
 
     def keep(self, head):
         return self.row("keep", head)[:, :1]
 
-    def intra(self, head):
-        plan, C = self.plan, self.plan.chunk
+    def _once(self, name, compute):
+        if name not in self._kept:
+            self._kept[name] = compute()
+        return self._kept[name]
+
+    def _column(self, name, head):
+        at = self.plan.row(name, head)
+        return self.columns_ref[:, at:at + 1]
+
+    def _inside(self):
+        C = self.plan.chunk
         j = lax.broadcasted_iota(jnp.int32, (C, C), 1)
         inside = j <= lax.broadcasted_iota(jnp.int32, (C, C), 0)
-        if plan.packed:
+        if self.plan.packed:
             inside &= j >= self.column("first").astype(jnp.int32)
+        return inside
+
+    def _intra(self, head):
         difference = self.column("total", head) - self.row("total", head)
-        if plan.exact:
+        if self.plan.exact:
             difference += self.column("rest", head) - self.row("rest", head)
+        inside = self._once("inside", self._inside)
         return jnp.exp(jnp.where(inside, difference, -jnp.inf))
 
 
@@ -191,7 +207,7 @@ def _merge(a, x, size, exact):
 
 
 def _product(a, b, exact):
-    """Of f32; if not `exact`, to 16 bits."""
+    """Of f32; if not `exact`, to 16 bits: where keys resemble one another, 8 are too few."""
     if exact:
         return _dot(a, b, _NN)
     (a, a_rest), (b, b_rest) = _split(a), _split(b)
@@ -211,8 +227,28 @@ def _strictly_lower(x):
 # ---------------------------------------------------------------- kernels
 
 
+def _in_order(step, chunks, plan, k_ref, K, inverse_ref):
+    """`step` of each chunk, from state to state, while the next chunk's systems are inverted."""
+
+    def invert(chunk, head):
+        k = k_ref[chunk.at(plan.key(head), K)]
+        a = _strictly_lower(chunk.column("beta", head) * _dot(k, k, _NT) * chunk.intra(head))
+        yield
+        inverse = yield from _unit_lower_inverse(a, plan.exact)
+        inverse_ref[chunk.index, head] = inverse.astype(inverse_ref.dtype)
+
+    heads = range(plan.heads)
+    _lockstep(invert(chunks[0], head) for head in heads)
+    for chunk, later in itertools.zip_longest(chunks, chunks[1:]):
+        chains = [step(chunk, head) for head in heads]
+        if later is not None:
+            chains += [invert(later, head) for head in heads]
+        _lockstep(chains)
+
+
 def _forward_kernel(plan, K, V, keep_states, *refs):
-    rows_ref, q_ref, k_ref, v_ref, initial_ref, o_ref, state_ref, *states_ref, columns_ref = refs
+    (rows_ref, q_ref, k_ref, v_ref, initial_ref, o_ref, state_ref, *states_ref,
+     columns_ref, inverse_ref) = refs
 
     @pl.when(pl.program_id(2) == 0)
     def _():
@@ -222,14 +258,11 @@ def _forward_kernel(plan, K, V, keep_states, *refs):
         states_ref[0][0, 0] = state_ref[0]
     def step(chunk, head):
         k = k_ref[chunk.at(plan.key(head), K)]
-        intra, beta, read = chunk.intra(head), chunk.column("beta", head), chunk.column("read", head)
-        a = _strictly_lower(beta * _dot(k, k, _NT) * intra)
-        yield
-        inverse = yield from _unit_lower_inverse(a, plan.exact)
+        beta, read = chunk.column("beta", head), chunk.column("read", head)
         state = state_ref[0, head].astype(k.dtype)
         error = v_ref[chunk.at(head, V)] - read * _dot(k, state, _NN)
         yield
-        written = _dot(inverse.astype(k.dtype), (beta * error).astype(k.dtype), _NN)
+        written = _dot(inverse_ref[chunk.index, head], (beta * error).astype(k.dtype), _NN)
         yield
         k_write = (k.T * chunk.row("write", head)).astype(k.dtype)
         written = written.astype(k.dtype)
@@ -237,12 +270,12 @@ def _forward_kernel(plan, K, V, keep_states, *refs):
         for query in plan.queries_of(head):
             yield
             q = q_ref[chunk.at(query, K)]
-            p = (plan.scale * _dot(q, k, _NT) * intra).astype(k.dtype)
+            p = (plan.scale * _dot(q, k, _NT) * chunk.intra(head)).astype(k.dtype)
             o = _dot(p, written, _NN) + plan.scale * read * _dot(q, state, _NN)
             o_ref[chunk.at(plan.output(query, head), V)] = o.astype(o_ref.dtype)
 
-    for chunk in _chunks_of_step(plan, rows_ref, columns_ref):
-        _lockstep(step(chunk, head) for head in range(plan.heads))
+    chunks = _chunks_of_step(plan, rows_ref, columns_ref)
+    _in_order(step, chunks, plan, k_ref, K, inverse_ref)
 
 
 def _backward_kernel(plan, K, V, *refs):
@@ -258,16 +291,14 @@ def _backward_kernel(plan, K, V, *refs):
         """What the forward pass did not keep."""
         index, k = chunk.index, k_ref[chunk.at(plan.key(head), K)]
         beta, read = chunk.column("beta", head), chunk.column("read", head)
-        a = _strictly_lower(beta * _dot(k, k, _NT) * chunk.intra(head))
-        yield
-        inverse = yield from _unit_lower_inverse(a, plan.exact)
-        state = (before_ref[0, 0, head] if index == 0 else next_ref[head])
-        narrow, inverse = state.astype(k.dtype), inverse.astype(k.dtype)
-        state_ref[index, head], inverse_ref[index, head] = narrow, inverse
+        state = before_ref[0, 0, head] if index == 0 else next_ref[head]
+        narrow = state.astype(k.dtype)
+        state_ref[index, head] = narrow
         error = v_ref[chunk.at(head, V)] - read * _dot(k, narrow, _NN)
         yield
-        written = _dot(inverse, (beta * error).astype(k.dtype), _NN).astype(k.dtype)
+        written = _dot(inverse_ref[index, head], (beta * error).astype(k.dtype), _NN)
         yield
+        written = written.astype(k.dtype)
         written_ref[index, head] = written
         if index < plan.chunks - 1:
             k_write = (k.T * chunk.row("write", head)).astype(k.dtype)
@@ -329,8 +360,7 @@ def _backward_kernel(plan, K, V, *refs):
     chunks = _chunks_of_step(plan, rows_ref, columns_ref)
     dcolumns_ref[...] = jnp.zeros_like(dcolumns_ref)
     dweights_ref[...] = jnp.zeros_like(dweights_ref)
-    for chunk in chunks:
-        _lockstep(again(chunk, head) for head in range(plan.heads))
+    _in_order(again, chunks, plan, k_ref, K, inverse_ref)
     for chunk in reversed(chunks):
         dq, dk = ([[] for _ in range(n)] for n in (plan.queries, plan.keys))
         _lockstep(step(chunk, head, dq, dk) for head in range(plan.heads))
@@ -390,7 +420,7 @@ def forward(plan, rows, q, k, v, initial_state, keep_states):
         functools.partial(_forward_kernel, plan, K, V, keep_states),
         _specs(plan, K, V, lambda n: n), ["rows", "q", "k", "v", "state"], outputs,
         [rows, q, k, v, initial_state], shapes, (G, B, blocks),
-        "gated_delta_rule_forward", [_columns(plan)])
+        "gated_delta_rule_forward", [_columns(plan), _inverses(plan, k.dtype)])
 
 
 def backward(plan, rows, q, k, v, do, dstate, states):
@@ -404,7 +434,7 @@ def backward(plan, rows, q, k, v, do, dstate, states):
     scratch = [
         _columns(plan),
         pltpu.VMEM((plan.chunk, LANES), jnp.float32),
-        per_chunk(plan.chunk, plan.chunk), per_chunk(plan.chunk, V), per_chunk(K, V),
+        _inverses(plan, k.dtype), per_chunk(plan.chunk, V), per_chunk(K, V),
         pltpu.VMEM((plan.heads, K, V), jnp.float32),
     ]
     return _call(
@@ -417,3 +447,7 @@ def backward(plan, rows, q, k, v, do, dstate, states):
 
 def _columns(plan):
     return pltpu.VMEM((plan.chunks, plan.chunk, LANES), jnp.float32)
+
+
+def _inverses(plan, dtype):
+    return pltpu.VMEM((plan.chunks, plan.heads, plan.chunk, plan.chunk), dtype)
