@@ -20,6 +20,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.gated_delta_rule.tpu_triangular import NN, NT, dot, lockstep, unit_lower_inverse
+
 LANES = 128
 
 
@@ -72,16 +74,6 @@ class Plan:
         return 3 * self.heads
 
 
-def _dot(a, b, contract):
-    """A product of matrices in f32; `contract` names a dimension of each."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())),
-                           precision=precision, preferred_element_type=jnp.float32)
-
-
-_NN, _NT = (1, 0), (1, 1)
-
-
 class _Chunk:
     """One chunk of a grid step: its part of the arrays, and the weights of its heads.
 
@@ -92,7 +84,9 @@ class _Chunk:
         self.plan, self.index = plan, index
         self.rows_ref, self.columns_ref = rows_ref.at[0, index, 0], columns_ref.at[index]
         self.tokens = slice(index * plan.chunk, (index + 1) * plan.chunk)
-        self._kept = {}
+        # The compiler would make columns anew for each use.
+        self.column, self.intra = functools.cache(self._column), functools.cache(self._intra)
+        self._visible = functools.cache(self._visible)
 
     def at(self, head, width):
         return 0, self.tokens, slice(head * width, (head + 1) * width)
@@ -101,38 +95,27 @@ class _Chunk:
         at = self.plan.row(name, head)
         return self.rows_ref[at:at + 1]
 
-    def column(self, name, head=0):
-        return self._once(("column", name, head), lambda: self._column(name, head))
-
-    def intra(self, head):
-        return self._once(("intra", head), lambda: self._intra(head))
-
     def keep(self, head):
         return self.row("keep", head)[:, :1]
 
-    def _once(self, name, compute):
-        if name not in self._kept:
-            self._kept[name] = compute()
-        return self._kept[name]
-
-    def _column(self, name, head):
+    def _column(self, name, head=0):
         at = self.plan.row(name, head)
         return self.columns_ref[:, at:at + 1]
 
-    def _inside(self):
+    def _visible(self):
+        """Which tokens j of a document come before token i, or are it."""
         C = self.plan.chunk
         j = lax.broadcasted_iota(jnp.int32, (C, C), 1)
-        inside = j <= lax.broadcasted_iota(jnp.int32, (C, C), 0)
+        visible = j <= lax.broadcasted_iota(jnp.int32, (C, C), 0)
         if self.plan.packed:
-            inside &= j >= self.column("first").astype(jnp.int32)
-        return inside
+            visible &= j >= self.column("first").astype(jnp.int32)
+        return visible
 
     def _intra(self, head):
         difference = self.column("total", head) - self.row("total", head)
         if self.plan.exact:
             difference += self.column("rest", head) - self.row("rest", head)
-        inside = self._once("inside", self._inside)
-        return jnp.exp(jnp.where(inside, difference, -jnp.inf))
+        return jnp.exp(jnp.where(self._visible(), difference, -jnp.inf))
 
 
 def _chunks_of_step(plan, rows_ref, columns_ref):
@@ -143,88 +126,20 @@ def _chunks_of_step(plan, rows_ref, columns_ref):
     return [_Chunk(plan, index, rows_ref, columns_ref) for index in range(plan.chunks)]
 
 
-def _lockstep(chains):
-    """Runs generators from `yield` to `yield` in turns.
-
-    The compiler hardly reorders over long distances: chains written one after the other would each
-    wait for their own latencies.
-    """
-    for _ in itertools.zip_longest(*chains):
-        pass
-
-
-# ---------------------------------------------------------------- the triangular system
-
-_BLOCK = 16
-
-
-def _unit_lower_inverse(a, exact):
-    """`(I + a)^-1` for a strictly lower triangular `a` [C, C], as in `triangular.py`."""
-    C = len(a)
-    block = lax.broadcasted_iota(jnp.int32, (_BLOCK, C), 1) >> 4
-    diagonal = jnp.zeros((_BLOCK, C))
-    for index in range(C // _BLOCK):
-        rows = a[index * _BLOCK:(index + 1) * _BLOCK]
-        diagonal = jnp.where(block == index, rows, diagonal)
-    x = yield from _block_inverses(diagonal)
-    x = jnp.concatenate([jnp.where(block == index, x, 0.0) for index in range(C // _BLOCK)])
-    size = _BLOCK
-    while size < C:
-        x = yield from _merge(a, x, size, exact)
-        size *= 2
-    return x
-
-
-def _block_inverses(a):
-    """The inverses of I + blocks side by side, [16, C], by substitution."""
-    i, j = (lax.broadcasted_iota(jnp.int32, a.shape, axis) for axis in (0, 1))
-    within = j & (_BLOCK - 1)
-    x = jnp.where(i == within, 1.0, 0.0)
-    for row in range(_BLOCK - 1):
-        x -= jnp.take_along_axis(a, j - within + row, axis=1) * x[row:row + 1]
-        yield
-    return x
-
-
-def _merge(a, x, size, exact):
-    """Inverses of diagonal blocks of twice the size: [[X, 0], [-Y a X, Y]]."""
-    C = len(a)
-    column = lax.broadcasted_iota(jnp.int32, (size, C), 1)
-    lower = range(size, C, 2 * size)
-    nothing = jnp.zeros((size, C))
-
-    def spread(rows):
-        blocks = [rows[n * size:(n + 1) * size] for n in range(len(lower))]
-        return jnp.concatenate([x for block in blocks for x in (nothing, block)])
-
-    off = jnp.concatenate([jnp.where((column >= i - size) & (column < i), a[i:i + size], 0.0)
-                           for i in lower])
-    product = _product(off, x, exact)
-    yield
-    product = _product(jnp.concatenate([x[i:i + size] for i in lower]), spread(product), exact)
-    yield
-    return x - spread(product)
-
-
-def _product(a, b, exact):
-    """Of f32; if not `exact`, to 16 bits: where keys resemble one another, 8 are too few."""
-    if exact:
-        return _dot(a, b, _NN)
-    (a, a_rest), (b, b_rest) = _split(a), _split(b)
-    return _dot(a, b, _NN) + (_dot(a, b_rest, _NN) + _dot(a_rest, b, _NN))
-
-
-def _split(x):
-    high = x.astype(jnp.bfloat16)
-    return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
-
-
 def _strictly_lower(x):
     i, j = (lax.broadcasted_iota(jnp.int32, x.shape, axis) for axis in (0, 1))
     return jnp.where(j < i, x, 0.0)
 
 
-# ---------------------------------------------------------------- kernels
+def _write(chunk, head, k, v, state, inverse_ref):
+    """What the tokens of a chunk write, and the state after it."""
+    error = v - chunk.column("read", head) * dot(k, state.astype(k.dtype), NN)
+    yield
+    right = (chunk.column("beta", head) * error).astype(k.dtype)
+    written = dot(inverse_ref[chunk.index, head], right, NN).astype(k.dtype)
+    yield
+    k_write = (k.T * chunk.row("write", head)).astype(k.dtype)
+    return written, chunk.keep(head) * state + dot(k_write, written, NN)
 
 
 def _in_order(step, chunks, plan, k_ref, K, inverse_ref):
@@ -232,18 +147,18 @@ def _in_order(step, chunks, plan, k_ref, K, inverse_ref):
 
     def invert(chunk, head):
         k = k_ref[chunk.at(plan.key(head), K)]
-        a = _strictly_lower(chunk.column("beta", head) * _dot(k, k, _NT) * chunk.intra(head))
+        a = _strictly_lower(chunk.column("beta", head) * dot(k, k, NT) * chunk.intra(head))
         yield
-        inverse = yield from _unit_lower_inverse(a, plan.exact)
+        inverse = yield from unit_lower_inverse(a, plan.exact)
         inverse_ref[chunk.index, head] = inverse.astype(inverse_ref.dtype)
 
     heads = range(plan.heads)
-    _lockstep(invert(chunks[0], head) for head in heads)
+    lockstep(invert(chunks[0], head) for head in heads)
     for chunk, later in itertools.zip_longest(chunks, chunks[1:]):
         chains = [step(chunk, head) for head in heads]
         if later is not None:
             chains += [invert(later, head) for head in heads]
-        _lockstep(chains)
+        lockstep(chains)
 
 
 def _forward_kernel(plan, K, V, keep_states, *refs):
@@ -256,22 +171,17 @@ def _forward_kernel(plan, K, V, keep_states, *refs):
 
     if keep_states:
         states_ref[0][0, 0] = state_ref[0]
+
     def step(chunk, head):
-        k = k_ref[chunk.at(plan.key(head), K)]
-        beta, read = chunk.column("beta", head), chunk.column("read", head)
-        state = state_ref[0, head].astype(k.dtype)
-        error = v_ref[chunk.at(head, V)] - read * _dot(k, state, _NN)
-        yield
-        written = _dot(inverse_ref[chunk.index, head], (beta * error).astype(k.dtype), _NN)
-        yield
-        k_write = (k.T * chunk.row("write", head)).astype(k.dtype)
-        written = written.astype(k.dtype)
-        state_ref[0, head] = chunk.keep(head) * state_ref[0, head] + _dot(k_write, written, _NN)
+        k, state = k_ref[chunk.at(plan.key(head), K)], state_ref[0, head]
+        written, state_ref[0, head] = yield from _write(
+            chunk, head, k, v_ref[chunk.at(head, V)], state, inverse_ref)
+        read, state = chunk.column("read", head), state.astype(k.dtype)
         for query in plan.queries_of(head):
             yield
             q = q_ref[chunk.at(query, K)]
-            p = (plan.scale * _dot(q, k, _NT) * chunk.intra(head)).astype(k.dtype)
-            o = _dot(p, written, _NN) + plan.scale * read * _dot(q, state, _NN)
+            p = (plan.scale * dot(q, k, NT) * chunk.intra(head)).astype(k.dtype)
+            o = dot(p, written, NN) + plan.scale * read * dot(q, state, NN)
             o_ref[chunk.at(plan.output(query, head), V)] = o.astype(o_ref.dtype)
 
     chunks = _chunks_of_step(plan, rows_ref, columns_ref)
@@ -290,19 +200,10 @@ def _backward_kernel(plan, K, V, *refs):
     def again(chunk, head):
         """What the forward pass did not keep."""
         index, k = chunk.index, k_ref[chunk.at(plan.key(head), K)]
-        beta, read = chunk.column("beta", head), chunk.column("read", head)
-        state = before_ref[0, 0, head] if index == 0 else next_ref[head]
-        narrow = state.astype(k.dtype)
-        state_ref[index, head] = narrow
-        error = v_ref[chunk.at(head, V)] - read * _dot(k, narrow, _NN)
-        yield
-        written = _dot(inverse_ref[index, head], (beta * error).astype(k.dtype), _NN)
-        yield
-        written = written.astype(k.dtype)
-        written_ref[index, head] = written
-        if index < plan.chunks - 1:
-            k_write = (k.T * chunk.row("write", head)).astype(k.dtype)
-            next_ref[head] = chunk.keep(head) * state + _dot(k_write, written, _NN)
+        state = next_ref[head] if index else before_ref[0, 0, head]
+        state_ref[index, head] = state.astype(k.dtype)
+        written_ref[index, head], next_ref[head] = yield from _write(
+            chunk, head, k, v_ref[chunk.at(head, V)], state, inverse_ref)
 
     def step(chunk, head, dq, dk):
         index, k, v = chunk.index, k_ref[chunk.at(plan.key(head), K)], v_ref[chunk.at(head, V)]
@@ -311,44 +212,44 @@ def _backward_kernel(plan, K, V, *refs):
         beta, read, write = (chunk.column(name, head) for name in ("beta", "read", "write"))
         written, state = written_ref[index, head], state_ref[index, head]
         dafter = dstate_ref[0, head]
-        dwritten = write * _dot(k, narrow(dafter), _NN)
-        dk_tail = write * _dot(written, narrow(dafter), _NT)
+        dwritten = write * dot(k, narrow(dafter), NN)
+        dk_tail = write * dot(written, narrow(dafter), NT)
         dstate = chunk.keep(head) * dafter
         kept = jnp.sum(dstate * state, keepdims=True)
         dk_own, reaching, between = dk_tail, 0.0, 0.0
         yield
         for query in plan.queries_of(head):
             q, do = q_ref[chunk.at(query, K)], do_ref[chunk.at(plan.output(query, head), V)]
-            qk = plan.scale * _dot(q, k, _NT)
-            dqk = _dot(do, written, _NT) * intra
-            dwritten += _dot(narrow(qk * intra).T, do, _NN)
+            qk = plan.scale * dot(q, k, NT)
+            dqk = dot(do, written, NT) * intra
+            dwritten += dot(narrow(qk * intra).T, do, NN)
             yield
-            dq_read = plan.scale * read * _dot(do, state, _NT)
-            dstate += plan.scale * _dot(narrow(q.T * chunk.row("read", head)), do, _NN)
+            dq_read = plan.scale * read * dot(do, state, NT)
+            dstate += plan.scale * dot(narrow(q.T * chunk.row("read", head)), do, NN)
             yield
             between += dqk * qk
             dqk = narrow(plan.scale * dqk)
-            dq[query].append(_dot(dqk, k, _NN) + dq_read)
-            dk_own += _dot(dqk.T, q, _NN)
+            dq[query].append(dot(dqk, k, NN) + dq_read)
+            dk_own += dot(dqk.T, q, NN)
             reaching += _rows(dq_read * q)
             yield
-        dright = _dot(inverse_ref[index, head].T, narrow(dwritten), _NN)
+        dright = dot(inverse_ref[index, head].T, narrow(dwritten), NN)
         dv_ref[chunk.at(head, V)] = (beta * dright).astype(dv_ref.dtype)
         yield
         dbeta, dright = _rows(dright * v), narrow(dright)
         k_right = narrow(k.T * (chunk.row("beta", head) * chunk.row("read", head)))
-        dstate_ref[0, head] = dstate - _dot(k_right, dright, _NN)
-        dk_right = -read * _dot(dright, state, _NT)
-        da = _strictly_lower(-_dot(dright, written, _NT) * intra)
+        dstate_ref[0, head] = dstate - dot(k_right, dright, NN)
+        dk_right = -read * dot(dright, state, NT)
+        da = _strictly_lower(-dot(dright, written, NT) * intra)
         yield
-        kk = _dot(k, k, _NT)
+        kk = dot(k, k, NT)
         dkk = beta * da
         right = _rows(dk_right * k)
         dbeta += right + _rows(da * kk)
         between = _strictly_lower(between) + dkk * kk
         reaching += beta * right + _rows(between)
         yield
-        dk[plan.key(head)].append(dk_own + beta * dk_right + _dot(narrow(dkk + dkk.T), k, _NN))
+        dk[plan.key(head)].append(dk_own + beta * dk_right + dot(narrow(dkk + dkk.T), k, NN))
         for name, x in dict(beta=dbeta, reaching=reaching, write=_rows(dk_tail * k)).items():
             at = plan.gradient(name, head)
             dcolumns_ref[:, at:at + 1] = x
@@ -363,7 +264,7 @@ def _backward_kernel(plan, K, V, *refs):
     _in_order(again, chunks, plan, k_ref, K, inverse_ref)
     for chunk in reversed(chunks):
         dq, dk = ([[] for _ in range(n)] for n in (plan.queries, plan.keys))
-        _lockstep(step(chunk, head, dq, dk) for head in range(plan.heads))
+        lockstep(step(chunk, head, dq, dk) for head in range(plan.heads))
         for query, parts in enumerate(dq):
             dq_ref[chunk.at(query, K)] = sum(parts).astype(dq_ref.dtype)
         for key, parts in enumerate(dk):

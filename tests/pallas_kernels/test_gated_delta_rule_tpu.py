@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.gated_delta_rule import gated_delta_rule, tpu, tpu_kernels
+from pallas_kernels.gated_delta_rule import gated_delta_rule, tpu, tpu_triangular
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def test_keys_that_repeat_cost_no_precision(beta, rng):
 
     @jax.jit
     def inverse(a):
-        chain = tpu_kernels._unit_lower_inverse(a, exact=True)
+        chain = tpu_triangular.unit_lower_inverse(a, exact=True)
         try:
             while True:
                 next(chain)
