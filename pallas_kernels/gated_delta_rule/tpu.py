@@ -28,15 +28,14 @@ def gated_delta_rule(q, k, v, beta, decay, *, scale, initial_state, segments, ou
         raise NotImplementedError(f"needs v in bfloat16 or float32, got {v.dtype}")
     if isinstance(scale, jax.core.Tracer):
         raise NotImplementedError("needs a scale known at compile time")
-    if T <= xla.FEW:
+    if T <= xla.FEW:  # one by one, as there
         return xla.gated_delta_rule(
             q, k, v, beta, decay, scale=scale, initial_state=initial_state, segments=segments,
             output_final_state=output_final_state, chunk_size=chunk_size)
     plan = _plan(q, k, v, scale, segments, chunk_size)
-    if plan.heads * Hq % H:
-        q = jnp.repeat(q, H // Hq, axis=2)
-    if plan.heads * Hk % H:
-        k = jnp.repeat(k, H // Hk, axis=2)
+    groups = H // plan.heads
+    q = jnp.repeat(q, plan.queries * groups // Hq, axis=2)
+    k = jnp.repeat(k, plan.keys * groups // Hk, axis=2)
     # A product of the matrix unit rounds to v's dtype whatever it is given.
     arrays = [_flat(x.astype(v.dtype), plan.block) for x in (q, k, v)]
     padded = lambda x: jnp.pad(x, ((0, 0), (0, -T % plan.block), (0, 0))).astype(jnp.float32)
@@ -62,9 +61,15 @@ def _plan(q, k, v, scale, segments, chunk_size):
     most = max(1, most // (-(-K // LANES) * -(-V // LANES)))
     heads = max(n for n in range(1, most + 1) if H % n == 0)
     chunks = min(2, -(-T // chunk))
-    per_step = lambda total: heads * total // H if heads * total % H == 0 else heads
-    return Plan(heads, per_step(Hk), per_step(Hq), chunk, chunks, float(scale),
-                segments is not None, v.dtype == jnp.float32)
+    return Plan(heads, _per_step(Hk, heads, H), _per_step(Hq, heads, H), chunk, chunks,
+                float(scale), segments is not None, v.dtype == jnp.float32)
+
+
+def _per_step(shared, heads, H):
+    """How many of the queries' or keys' heads go with `heads` of H in a grid step."""
+    if heads * shared % H == 0:
+        return heads * shared // H
+    return 1 if H // shared % heads == 0 else heads
 
 
 def _flat(x, block):

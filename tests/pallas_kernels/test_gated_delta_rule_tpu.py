@@ -41,6 +41,18 @@ def test_tpu_is_the_oracle_with_its_own_chunks(case):
     cases.assert_close(cases.run(case, "tpu"), cases.oracle(case), case.dtype)
 
 
+@pytest.mark.parametrize(
+    "heads", [(12, 2, 6), pytest.param((1, 1, 4), marks=pytest.mark.slow)], ids=str)
+def test_heads_that_share_others_across_grid_steps(heads, rng):
+    (Hq, Hk, H), T, K = heads, 20, 16
+    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    arrays = normal(1, T, Hq, K), normal(1, T, Hk, K) / 8, normal(1, T, H, K)
+    beta, decay = rng.uniform(0, 1, (1, T, H)), -np.abs(normal(1, T, H))
+    call = lambda name: gated_delta_rule(*arrays, beta.astype(np.float32), decay, chunk_size=16,
+                                         implementation=name)[0]
+    np.testing.assert_allclose(call("tpu"), call("reference"), atol=1e-5)
+
+
 @pytest.mark.parametrize("beta", [1.0, 2.0])
 def test_keys_that_repeat_cost_no_precision(beta, rng):
     """All keys of a chunk are one: the powers of the system's matrix are largest."""
