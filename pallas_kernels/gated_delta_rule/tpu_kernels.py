@@ -6,8 +6,14 @@ and T the inverse of I + A, A = strictly_lower(beta (K K^T) . D),
     E = T (beta (V - read K S))        O = scale ((Q K^T) . D E + read Q S)
     S' = keep S + K^T (write E)
 
+and, for gradients dO of the outputs and dS' of the state that leaves, with P = scale (Q K^T) . D,
+
+    dE = P^T dO + write (K dS')        dR = T^T dE        dV = beta dR
+    dS = keep dS' + scale (read Q)^T dO - (beta read K)^T dR
+
 A grid step takes several chunks of several heads: their inverses do not wait for a state, and fill
-the latencies of the products that do.
+the latencies of the products that do. The forward pass of a gradient keeps the state that enters
+each grid step; the backward pass computes the inverses, the other states and E again.
 """
 
 import dataclasses
