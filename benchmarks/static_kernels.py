@@ -10,6 +10,7 @@ the XLA form are the compiler's estimates, which include HBM time, summed over i
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import os
 import re
@@ -30,7 +31,9 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from pallas_kernels.linear_attention import tpu_kernels, xla
+from pallas_kernels import gated_delta_rule, linear_attention
+from pallas_kernels.gated_delta_rule import tpu_kernels as delta_rule_kernels
+from pallas_kernels.linear_attention import tpu_kernels
 from pallas_kernels.linear_attention.decay import alibi_slopes
 
 _DUMP = Path(os.environ["DUMP"])
@@ -44,12 +47,24 @@ CHIPS = {
     "tpu7x": ("tpu7x:2x2x1", 7380e9 / 2, None),
 }
 H, K, V = 8, 128, 128
-TILES = [(128, 1, 1), (128, 1, 4), (128, 4, 4), (256, 2, 4)]
-CHOSEN = {"v5e": (128, 4, 4), "v5p": (128, 4, 4), "v6e": (256, 2, 4), "tpu7x": (256, 2, 4)}
+KEYS = 4  # heads of the delta rule's queries and keys, half of the values' as in Qwen3-Next
+TILES = {
+    "linear_attention": [(128, 1, 1), (128, 1, 4), (128, 4, 4), (256, 2, 4)],
+    "gated_delta_rule": [(128, 1, 4), (128, 2, 4), (64, 4, 4)],
+}
+NARROW = dict(linear_attention=(128, 4, 4), gated_delta_rule=(128, 2, 4))
+WIDE = dict(linear_attention=(256, 2, 4), gated_delta_rule=(128, 2, 4))  # matrix units of 256
+CHOSEN = {"v5e": NARROW, "v5p": NARROW, "v6e": WIDE, "tpu7x": WIDE}
 KINDS = {
     "constant": dict(token_decay=False, packed=False),
     "packed": dict(token_decay=False, packed=True),
     "token, packed": dict(token_decay=True, packed=True),
+}
+DECAYS = dict(linear_attention=list(KINDS), gated_delta_rule=["token, packed"])
+# Arrays of H heads that are read and written: q, k, v, o, or those and their gradients.
+MOVED = {
+    "linear_attention": dict(forward=4, backward=7),
+    "gated_delta_rule": dict(forward=3, backward=5),  # of q and k, half as many heads
 }
 UNITS = {"MXU": "matrix unit", "XLU": "transposes", "VECTOR_ALU": "vector ALU",
          "VECTOR_LOAD": "loads", "VECTOR_STORE": "stores", "VECTOR_EUP": "exponentials"}
@@ -65,7 +80,7 @@ def compile_for(chip: str, f, *args):
     return jax.jit(f).trace(*args).lower().compile()
 
 
-def kernel_arguments(plan: tpu_kernels.Plan, backward: bool):
+def linear_attention_arguments(plan: tpu_kernels.Plan, backward: bool):
     T = 4 * plan.block
     array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
     rows = array(1, T // plan.chunk, H // plan.heads, plan.rows, plan.chunk)
@@ -77,18 +92,41 @@ def kernel_arguments(plan: tpu_kernels.Plan, backward: bool):
     return q, q, v, state, (rows, intra)
 
 
-def meter(chip: str, tile: tuple[int, int, int], direction: str, kind: str) -> dict:
+def delta_rule_arguments(plan: delta_rule_kernels.Plan, backward: bool):
+    T = 4 * plan.block
+    array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
+    rows = array(1, T // plan.chunk, H // plan.heads, plan.rows, plan.chunk)
+    k, v = (array(1, T, size, dtype=jnp.bfloat16) for size in (KEYS * K, H * V))
+    state, states = array(1, H, K, V), array(1, T // plan.block, H, K, V)
+    return (rows, k, k, v, v, state, states) if backward else (rows, k, k, v, state)
+
+
+def kernel_call(op: str, tile: tuple[int, int, int], direction: str, kind: str):
+    """A kernel and the shapes of its arguments."""
     chunk, chunks, heads = tile
-    plan = tpu_kernels.Plan(heads, chunk, chunks, scale=K**-0.5, exact=False, **KINDS[kind])
     backward = direction == "backward"
-    if backward:
-        f = lambda *x: tpu_kernels.backward(plan, *x, decay_gradient=plan.token_decay)
+    if op == "gated_delta_rule":
+        keys = heads * KEYS // H
+        plan = delta_rule_kernels.Plan(
+            heads, keys, keys, chunk, chunks, scale=K**-0.5, packed=True, exact=False)
+        kernels, options, arguments = delta_rule_kernels, {}, delta_rule_arguments
     else:
-        f = lambda *x: tpu_kernels.forward(plan, *x, keep_states=False)
-    compile_for(chip, f, *kernel_arguments(plan, backward))
-    return dict(op="linear_attention", chip=chip, direction=direction, decay=kind, chunk=chunk,
-                chunks=chunks, heads=heads) | read_schedule(f"linear_attention_{direction}",
-                                                            plan.block * heads)
+        plan = tpu_kernels.Plan(heads, chunk, chunks, scale=K**-0.5, exact=False, **KINDS[kind])
+        kernels, options, arguments = (
+            tpu_kernels, dict(decay_gradient=plan.token_decay), linear_attention_arguments)
+    if backward:
+        f = lambda *x: kernels.backward(plan, *x, **options)
+    else:
+        f = lambda *x: kernels.forward(plan, *x, keep_states=False)
+    return f, arguments(plan, backward)
+
+
+def meter(op: str, chip: str, tile: tuple[int, int, int], direction: str, kind: str) -> dict:
+    chunk, chunks, heads = tile
+    f, arguments = kernel_call(op, tile, direction, kind)
+    compile_for(chip, f, *arguments)
+    return dict(op=op, chip=chip, direction=direction, decay=kind, chunk=chunk, chunks=chunks,
+                heads=heads) | read_schedule(f"{op}_{direction}", chunk * chunks * heads)
 
 
 def read_schedule(kernel: str, tokens: int) -> dict:
@@ -102,19 +140,20 @@ def read_schedule(kernel: str, tokens: int) -> dict:
                if re.match(r"\s*(0x[0-9a-f]+|0)[^{]*>", line)]
     regions = re.findall(r"ordinal=(\d+) before=\d+ after=(\d+)",
                          "\n".join(read("region-expansion")))
-    # Regions 0 and 1 enclose everything; the largest other one is the loop's body.
+    use, cycles_of_largest = unit_use(kernel)
+    # Regions 0 and 1 enclose everything; the largest other one is the loop's body, if it has one.
     cycles = max(int(after) for ordinal, after in regions if int(ordinal) > 1)
     if cycles < len(in_loop):
-        raise RuntimeError(f"{kernel}: no region holds the loop of {len(in_loop)} bundles")
-    use = unit_use(kernel)
+        cycles = cycles_of_largest
     busiest = max((unit for unit in use if unit != "spills"), key=use.get)
     return dict(cycles_per_token=round(cycles / tokens, 3), cycles_per_step=cycles,
                 matrix_unit=use.get("MXU", 0), spills=use["spills"], busiest=UNITS[busiest],
                 busiest_share=use[busiest])
 
 
-def unit_use(kernel: str) -> dict:
-    """Shares of the slots in use, by unit, over the largest part of the kernel, and spills."""
+def unit_use(kernel: str) -> tuple[dict, int]:
+    """Shares of the slots in use, by unit, over the largest part of the kernel, and spills; and
+    the cycles of that part."""
     [file] = _DUMP.glob("*-TLP-*-hlo-static-bundle-profile.txt")
     parts = []
     for block in file.read_text(errors="replace").split("HLO: ")[1:]:
@@ -127,33 +166,38 @@ def unit_use(kernel: str) -> dict:
         name = next((x for x in UNITS if unit.startswith(x)), None)
         if name and capacity and not unit.endswith("ESTIMATED_STARVATION"):
             use[name] = max(use.get(name, 0), round(used / capacity, 3))
-    return use
+    return use, body["VECTOR_EUP"][1]
 
 
-def estimate_xla(chip: str, direction: str) -> float:
-    """Estimated cycles per token and head of the XLA form, for a decay per head."""
-    T = 1024  # eight chunks: the scan over states is unrolled, so that no loop counts once
-    decay = -alibi_slopes(H).astype("float32")
+def estimate_xla(op: str, chip: str, direction: str) -> float:
+    """Estimated cycles per token and head of the XLA form, for a decay per head if it may be.
 
-    def forward(q, k, v):
-        return xla.linear_attention(q, k, v, decay, scale=K**-0.5, initial_state=None,
-                                    segments=None, output_final_state=False, chunk_size=None)[0]
+    Rows so short that no loop counts once: the scan over the states of linear attention is
+    unrolled for eight chunks, that of the delta rule has one chunk.
+    """
+    B, T = dict(linear_attention=(1, 1024), gated_delta_rule=(4, 64))[op]
+    array = lambda heads, *width: jax.ShapeDtypeStruct(
+        (B, T, heads, *width), jnp.bfloat16 if width else jnp.float32)
+    if op == "linear_attention":
+        decay = -alibi_slopes(H).astype("float32")
+        forward = lambda *x: linear_attention.linear_attention(*x, decay, implementation="xla")[0]
+        arrays = [array(H, K)] * 3
+    else:
+        forward = lambda *x: gated_delta_rule.gated_delta_rule(*x, implementation="xla")[0]
+        arrays = [array(KEYS, K), array(KEYS, K), array(H, V), array(H), array(H)]
+    f = forward
+    if direction == "backward":
+        f = lambda do, *x: jax.vjp(forward, *x)[1](do)
+        arrays = [array(H, V), *arrays]
+    cycles = re.findall(r'estimated_cycles\\?"?:\\?"?(\d+)',
+                        compile_for(chip, f, *arrays).as_text())
+    return round(sum(map(int, cycles)) / (B * T * H), 2)
 
-    def backward(q, k, v, do):
-        return jax.vjp(forward, q, k, v)[1](do)
 
-    x = jax.ShapeDtypeStruct((1, T, H, K), jnp.bfloat16)
-    both = direction == "backward"
-    compiled = compile_for(chip, backward if both else forward, *[x] * (4 if both else 3))
-    cycles = re.findall(r'estimated_cycles\\?"?:\\?"?(\d+)', compiled.as_text())
-    return round(sum(map(int, cycles)) / (T * H), 2)
-
-
-def hbm_bound(chip: str, direction: str) -> float | None:
-    """Cycles per token and head to move q, k, v, o, or those and their gradients, in bfloat16."""
+def hbm_bound(op: str, chip: str, direction: str) -> float | None:
+    """Cycles per token and head to move the arrays, in bfloat16."""
     _, bandwidth, clock = CHIPS[chip]
-    arrays = 7 if direction == "backward" else 4
-    return clock and round(arrays * 2 * K / bandwidth * clock, 2)
+    return clock and round(MOVED[op][direction] * 2 * K / bandwidth * clock, 2)
 
 
 def table(results: dict) -> str:
@@ -162,31 +206,45 @@ def table(results: dict) -> str:
         "# Static figures of the TPU kernels",
         "",
         f"`python -m benchmarks.static_kernels`: {versions}.",
-        f"bfloat16, K = V = {K}, {H} heads. Cycles are per token and head. A tile is tokens per",
-        "chunk x chunks x heads of a grid step; the tile that is used is marked. Static: waits for",
-        "HBM are not timed and the bodies of `pl.when` count as taken (with a constant decay, one",
-        "that fills in weights runs in three grid steps only). `HBM` is the time to move the",
-        "arrays, in cycles at the assumed clock.",
+        f"bfloat16, K = V = {K}, {H} heads (of the delta rule's q and k, {KEYS}). Cycles are per",
+        "token and head; the backward pass of the delta rule computes its forward pass again. A",
+        "tile is tokens per chunk x chunks x heads of a grid step; the one that is used is marked.",
+        "Static: waits for HBM are not timed and the bodies of `pl.when` count as taken (with a",
+        "constant decay, one that fills in weights runs in three grid steps only). `HBM` is the",
+        "time to move the arrays, in cycles at the assumed clock.",
         "`XLA` is the compiler's estimate for `xla.py`, HBM time included.",
         "",
-        "| chip | direction | decay | tile | cycles | HBM | XLA | matrix unit | spills | busiest |",
-        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in results["rows"]:
-        tile = row["chunk"], row["chunks"], row["heads"]
-        bound = results["hbm"][row["chip"]][row["direction"]]
-        lines.append(
-            f"| {row['chip']} | {row['direction']} | {row['decay']} | {' x '.join(map(str, tile))}"
-            f"{' (used)' if tile == CHOSEN[row['chip']] else ''} | {row['cycles_per_token']:.2f} | "
-            f"{'' if bound is None else bound} | {results['xla'][row['chip']][row['direction']]} | "
-            f"{row['matrix_unit']:.2f} | {row['spills']} | {row['busiest']} "
-            f"{row['busiest_share']:.2f} |")
-    return "\n".join(lines) + "\n"
+    for op in MOVED:
+        lines += [
+            f"## {op}",
+            "",
+            "| chip | direction | decay | tile | cycles | HBM | XLA | matrix unit | spills | "
+            "busiest |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        lines += [line_of(row, results) for row in results["rows"] if row["op"] == op]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def line_of(row: dict, results: dict) -> str:
+    op, chip, direction = row["op"], row["chip"], row["direction"]
+    tile = row["chunk"], row["chunks"], row["heads"]
+    bound = results["hbm"][op][chip][direction]
+    return (
+        f"| {chip} | {direction} | {row['decay']} | {' x '.join(map(str, tile))}"
+        f"{' (used)' if tile == CHOSEN[chip][op] else ''} | {row['cycles_per_token']:.2f} | "
+        f"{'' if bound is None else bound} | {results['xla'][op][chip][direction]} | "
+        f"{row['matrix_unit']:.2f} | {row['spills']} | "
+        f"{row['busiest']} {row['busiest_share']:.2f} |")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("docs/results/static_kernels"))
+    parser.add_argument("--ops", nargs="+", choices=MOVED, default=list(MOVED),
+                        help="the others' rows are kept")
     parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS),
                         help="the others' rows are kept")
     parser.add_argument("--sweep", nargs="*", choices=CHIPS, default=["v5e", "v6e"],
@@ -197,16 +255,19 @@ def main():
     results = dict(versions=versions, rows=[], hbm={}, xla={})
     if file.exists() and (old := json.loads(file.read_text()))["versions"] == versions:
         results = old
-    results["rows"] = [row for row in results["rows"] if row["chip"] not in args.chips]
-    for chip in args.chips:
-        results["hbm"][chip] = {d: hbm_bound(chip, d) for d in ("forward", "backward")}
-        results["xla"][chip] = {d: estimate_xla(chip, d) for d in ("forward", "backward")}
-        for direction in ("forward", "backward"):
-            runs = [(CHOSEN[chip], kind) for kind in KINDS]
+    again = lambda row: row["chip"] in args.chips and row["op"] in args.ops
+    results["rows"] = [row for row in results["rows"] if not again(row)]
+    for op, chip in itertools.product(args.ops, args.chips):
+        for key, figure in dict(hbm=hbm_bound, xla=estimate_xla).items():
+            results[key].setdefault(op, {})[chip] = {
+                direction: figure(op, chip, direction) for direction in MOVED[op]}
+        for direction in MOVED[op]:
+            used = CHOSEN[chip][op]
+            runs = [(used, kind) for kind in DECAYS[op]]
             if chip in args.sweep:
-                runs += [(tile, "constant") for tile in TILES if tile != CHOSEN[chip]]
+                runs += [(tile, DECAYS[op][0]) for tile in TILES[op] if tile != used]
             for tile, kind in runs:
-                results["rows"].append(meter(chip, tile, direction, kind))
+                results["rows"].append(meter(op, chip, tile, direction, kind))
                 print(json.dumps(results["rows"][-1]), flush=True)
     file.write_text(json.dumps(results, indent=1) + "\n")
     args.output.with_suffix(".md").write_text(table(results))

@@ -16,7 +16,8 @@ from pallas_kernels.arguments import check_arrays
 from pallas_kernels.dispatch import Dispatch
 from pallas_kernels.gated_delta_rule.context import split_gated_delta_rule
 
-_dispatch = Dispatch("gated_delta_rule", __name__, names=("reference", "xla"), best={})
+_dispatch = Dispatch("gated_delta_rule", __name__, names=("reference", "xla", "tpu"),
+                     best={"tpu": ("tpu", "xla")})
 _L2_EPS = 1e-6  # inside the square root of a sum, not of a mean
 
 

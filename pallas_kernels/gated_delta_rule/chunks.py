@@ -50,13 +50,20 @@ def documents(segments: Int[Array, "B T"], n: int, C: int) -> Documents:
     return Documents(cut(row[..., None], n, C), per_chunk(before), per_chunk(after))
 
 
+def running_sums(decay: Float[Array, "*S C"]) -> tuple[Array, Array]:
+    """The running sums of the decay's whole parts and of the rest.
+
+    Integers add up exactly, so that after a strong decay weak ones keep their digits.
+    """
+    whole = jnp.round(decay)
+    return jnp.cumsum(whole, axis=-1), jnp.cumsum(decay - whole, axis=-1)
+
+
 def weights(decay: Float[Array, "*S B H C"], documents: Documents | None) -> Weights:
     """Every exponent is a sum of log decays <= 0, and is masked before it is taken."""
     if documents is not None:
         decay = jnp.where(documents.tokens != 0, decay, 0)
-    # Integers add up exactly, so that after a strong decay weak ones keep their digits.
-    whole = jnp.round(decay)
-    sums = [jnp.cumsum(x, axis=-1) for x in (whole, decay - whole)]
+    sums = running_sums(decay)
     between = sum(x[..., :, None] - x[..., None, :] for x in sums)
     intra = jnp.exp(jnp.where(np.tri(decay.shape[-1], dtype=bool), between, -jnp.inf))
     read, write = jnp.exp(sum(sums)), jnp.exp(sum(x[..., -1:] - x for x in sums))

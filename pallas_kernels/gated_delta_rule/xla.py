@@ -26,14 +26,14 @@ from pallas_kernels.gated_delta_rule import chunks, reference
 from pallas_kernels.gated_delta_rule.chunks import Weights
 from pallas_kernels.gated_delta_rule.triangular import unit_lower_inverse
 
-_FEW = 8  # tokens that are cheaper one by one
+FEW = 8  # tokens that are cheaper one by one
 _SPAN = 4  # chunks
 
 
 def gated_delta_rule(q, k, v, beta, decay, *, scale, initial_state, segments, output_final_state,
                      chunk_size):
     B, T, H, V = v.shape
-    if T <= _FEW:
+    if T <= FEW:
         return reference.gated_delta_rule(
             q, k, v, beta, decay, scale=scale, initial_state=initial_state, segments=segments,
             output_final_state=output_final_state, chunk_size=None, unroll=T)

@@ -66,19 +66,20 @@ ALL = [Case(*values) for values in itertools.product(*FACTORS.values())]
 PAIRWISE = pairwise(ALL)
 
 
-def run(case: Case, implementation: str, dtype=None) -> dict[str, np.ndarray]:
+def run(case: Case, implementation: str, dtype=None, chunk_size=None) -> dict[str, np.ndarray]:
     """Outputs, the final state and the gradient by each array, computed in a dtype."""
     arrays, weights, segments = make(case)
     arrays = {name: jnp.asarray(x, dtype or x.dtype) for name, x in arrays.items()}
     weights = [jnp.asarray(w, dtype or jnp.float32) for w in weights]
-    return _outputs_and_gradients(implementation, arrays, weights, segments)
+    return _outputs_and_gradients(implementation, chunk_size, arrays, weights, segments)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _outputs_and_gradients(implementation, arrays, weights, segments):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _outputs_and_gradients(implementation, chunk_size, arrays, weights, segments):
     def loss(arrays):
         o, state = gated_delta_rule(
-            **arrays, segments=segments, output_final_state=True, implementation=implementation)
+            **arrays, segments=segments, output_final_state=True, chunk_size=chunk_size,
+            implementation=implementation)
         return jnp.sum(o * weights[0]) + jnp.sum(state * weights[1]), dict(o=o, state=state)
 
     gradients, outputs = jax.grad(loss, has_aux=True)(arrays)

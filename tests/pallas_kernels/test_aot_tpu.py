@@ -1,6 +1,7 @@
 """Compilation for real TPUs, on any machine that has libtpu: interpretation checks no lowering."""
 
 import importlib.util
+import itertools
 import os
 
 import jax
@@ -11,6 +12,8 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels.gated_delta_rule import gated_delta_rule
+from pallas_kernels.gated_delta_rule.shapes import SHAPES as DELTA_SHAPES
 from pallas_kernels.linear_attention import linear_attention
 from pallas_kernels.linear_attention.decay import alibi_slopes
 from pallas_kernels.linear_attention.shapes import SHAPES
@@ -61,10 +64,10 @@ def compile_gradients(mesh, shape, dtype, segments=True, implementation="tpu"):
         return jax.jit(jax.grad(loss)).trace(arrays, segments).lower().compile().as_text()
 
 
-def kernels(text):
+def kernels(text, op="linear_attention"):
     lines = [line for line in text.splitlines() if "tpu_custom_call" in line]
     return {name for name in ("forward", "backward")
-            if any(f"linear_attention_{name}" in line for line in lines)}
+            if any(f"{op}_{name}" in line for line in lines)}
 
 
 @pytest.mark.parametrize(
@@ -111,3 +114,49 @@ def test_compiles_in_a_sharded_scan_with_remat(mesh_of):
     with jax.set_mesh(mesh):
         text = jax.jit(jax.grad(loss)).trace(x, gains).lower().compile().as_text()
     assert kernels(text) == {"forward", "backward"}
+
+
+def compile_delta_rule(mesh, shape, direction, dtype=jnp.bfloat16, T=4096, implementation="tpu"):
+    """One row of packed documents, with states in and out; in both directions for gradients."""
+    array = lambda shape, dtype: jax.ShapeDtypeStruct(
+        shape, dtype, sharding=NamedSharding(mesh, P()))
+    arrays = {name: array(x.shape, x.dtype) for name, x in shape.arrays(1, T, dtype).items()}
+    arrays["initial_state"] = array((1, shape.value_heads, shape.K, shape.V), jnp.float32)
+
+    def rule(arrays, segments):
+        return gated_delta_rule(**arrays, segments=segments, l2_norm=True,
+                                output_final_state=True, implementation=implementation)
+
+    def loss(arrays, segments):
+        o, state = rule(arrays, segments)
+        return (o.astype(jnp.float32) ** 2).sum() + (state**2).sum()
+
+    f = rule if direction == "forward" else jax.grad(loss)
+    with jax.set_mesh(mesh):
+        traced = jax.jit(f).trace(arrays, array((1, T), jnp.int32))
+        return kernels(traced.lower().compile().as_text(), "gated_delta_rule")
+
+
+DELTA_DEFAULT = {("v5e", "qwen3-next-80b", "forward"), ("v6e", "qwen3-next-80b", "backward")}
+
+
+@pytest.mark.parametrize(
+    "chip, shape, direction",
+    [pytest.param(*case, marks=() if case in DELTA_DEFAULT else pytest.mark.slow)
+     for case in itertools.product(CHIPS, DELTA_SHAPES, ("forward", "backward"))],
+)
+def test_gated_delta_rule_compiles(chip, shape, direction, mesh_of):
+    found = compile_delta_rule(mesh_of(chip), DELTA_SHAPES[shape], direction)
+    assert found == {"forward", direction}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("T, dtype, heads, width", [(20, "float32", (3, 3), 64),
+                                                    (300, "float32", (1, 3), 256),
+                                                    (1000, "bfloat16", (2, 6), 96)], ids=str)
+def test_odd_shapes_of_the_delta_rule_compile(chip, T, dtype, heads, width, mesh_of):
+    shape = DELTA_SHAPES["fla-default"]._replace(
+        heads=heads[0], value_heads=heads[1], K=width, V=64)
+    found = compile_delta_rule(mesh_of(chip), shape, "backward", jnp.dtype(dtype), T, None)
+    assert found == {"forward", "backward"}

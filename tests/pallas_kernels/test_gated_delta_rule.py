@@ -287,7 +287,7 @@ VALID = dict(q=ones(2, 5, 2, 4), k=ones(2, 5, 2, 4), v=ones(2, 5, 4, 6), beta=on
         (dict(segments=ones(2, 5)), "segments must be integers, got float32"),
         (dict(v=ones(2, 5, 4, 6, dtype=np.int32)), "v must be floating point, got int32"),
         (dict(chunk_size=0), "chunk_size must be at least 1, got 0"),
-        (dict(implementation="best"), "'best' is unknown; known are reference, xla"),
+        (dict(implementation="best"), "'best' is unknown; known are reference, xla, tpu"),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else None,
 )
