@@ -13,8 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from pallas_kernels.attention.xla import alike
-
 Sums = TypeVar("Sums")  # a pytree of arrays [B, G, W, ...]
 
 _PAIRS = 64  # of a chunk, per step
@@ -23,7 +21,7 @@ _PAIRS = 64  # of a chunk, per step
 def pairs_by_chunk(
     indices: Int[Array, "B T G J"], N: int
 ) -> tuple[Int[Array, "B G TJ"], Int[Array, "B G N1"]]:
-    """The pairs sorted by chunk, empty slots last, and where each chunk's begin and the last end."""
+    """The pairs sorted by chunk, empty slots last, and where each chunk's begin (N + 1 places)."""
     B, T, G, J = indices.shape
     chunk = jnp.moveaxis(indices, 2, 1).reshape(B, G, T * J)
     chunk = jnp.where(chunk < 0, N, chunk)

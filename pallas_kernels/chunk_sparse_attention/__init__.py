@@ -19,7 +19,8 @@ from pallas_kernels.dispatch import Dispatch
 
 __all__ = ["attend_chunks", "chunk_sparse_attention"]
 
-_dispatch = Dispatch("chunk_sparse_attention", __name__, names=("reference", "xla"), best={})
+_dispatch = Dispatch("chunk_sparse_attention", __name__, names=("reference", "xla", "tpu"),
+                     best={"tpu": ("tpu", "xla")})
 
 
 def chunk_sparse_attention(
@@ -43,7 +44,7 @@ def chunk_sparse_attention(
 
     Args:
       indices: chosen chunks, distinct; -1 = an empty slot, which contributes nothing.
-      weights: of the slots; None: one softmax over the keys of all chosen chunks together.
+      weights: of the slots (of an empty one, anything); None: one softmax over the keys of all chosen chunks together.
       scale: default `K ** -0.5`.
       off_by_one: add 1 to the denominator of each softmax, so that a query may take nothing.
       context_axis: inside shard_map, the mesh axis along which rows are split: queries, keys and
@@ -59,6 +60,8 @@ def chunk_sparse_attention(
     if context_axis is not None:
         k, v = (jax.lax.all_gather(x, context_axis, axis=1, tiled=True) for x in (k, v))
     _check_indices(indices, k.shape[1] // chunk_size)
+    if weights is not None:
+        weights = jnp.where(indices < 0, 0, weights)
     return _dispatch(
         implementation, q, k, v, indices, weights, chunk_size=chunk_size, off_by_one=off_by_one,
         scale=q.shape[-1] ** -0.5 if scale is None else scale)

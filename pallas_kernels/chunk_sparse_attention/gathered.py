@@ -17,14 +17,14 @@ def attend_chunks(
 ) -> Float[Array, "B T H V"]:
     """`chunk_sparse_attention` where `k[b, t, g, j]` is the chunk in a slot.
 
-    Of `indices` only counts which are -1; what was fetched for these is not looked at. For few
-    queries, as in decoding with a memory on the host.
+    Of `indices` only counts which are -1; what was fetched for these may be any finite numbers.
+    For few queries, as in decoding with a memory on the host.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q = grouped(q, k.shape[2])
     p, _ = softmax(logits_of(q, k, indices, scale), off_by_one, joint=weights is None)
     if weights is not None:
-        p = p * weights[:, :, :, None, :, None]
+        p = p * jnp.where(indices < 0, 0, weights)[:, :, :, None, :, None]
     o = dot("btgrjc,btgjcv->btgrv", p.astype(v.dtype), v)
     return o.reshape(*q.shape[:2], -1, v.shape[-1]).astype(v.dtype)
 

@@ -17,7 +17,11 @@ import jax.numpy as jnp
 
 from pallas_kernels.attention.xla import alike
 from pallas_kernels.chunk_sparse_attention.gathered import (
-    attend_chunks, dot, grouped, logits_of, softmax,
+    attend_chunks,
+    dot,
+    grouped,
+    logits_of,
+    softmax,
 )
 from pallas_kernels.selection import in_tiles, rows_of, sum_over_queries
 

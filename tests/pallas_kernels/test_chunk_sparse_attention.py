@@ -5,19 +5,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import selection
-from pallas_kernels.chunk_sparse_attention import attend_chunks, chunk_sparse_attention, xla
+from pallas_kernels.chunk_sparse_attention import attend_chunks, chunk_sparse_attention, tpu, xla
+from pallas_kernels.chunk_sparse_attention.shapes import SHAPES
 
 IMPLEMENTATIONS = ("xla",)
 CASES = {
     "one-group": dict(H=4),
-    "16-to-1": dict(H=16, K=8, V=8),
+    "16-to-1": dict(H=16, K=8, V=8, C=16),
     "groups-of-2": dict(H=4, G=2),
     "groups-of-1": dict(H=3, G=3),
     "wide-values": dict(H=2, K=3, V=9),
     "joint": dict(H=4, joint=True),
-    "joint-groups": dict(H=4, G=2, joint=True),
+    "joint-groups": dict(H=4, G=2, joint=True, C=16),
     "off-by-one": dict(H=2, off_by_one=True),
     "joint-off-by-one": dict(H=2, joint=True, off_by_one=True),
     "large-logits": dict(H=2, scale=40.0),
@@ -33,7 +35,7 @@ DTYPES = {"float32": dict.fromkeys(("o", "dq", "dk", "dv", "dweights"), 1e-5),
           "bfloat16": dict(o=0.005, dq=0.008, dk=0.008, dv=0.008, dweights=0.02)}
 
 
-def make(name, T=37, N=7, H=2, G=1, K=5, V=5, J=3, C=4, empty=0.2, joint=False, popular=False,
+def make(name, T=21, N=5, H=2, G=1, K=5, V=5, J=3, C=8, empty=0.2, joint=False, popular=False,
          **options):
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     normal = lambda *shape: rng.standard_normal(shape)
@@ -92,7 +94,7 @@ def assert_close(got, want, dtype):
 @pytest.fixture(params=["one-tile", "small-tiles"])
 def tiles(request, monkeypatch):
     if request.param == "small-tiles":
-        monkeypatch.setattr(xla, "_TILE", 600)
+        monkeypatch.setattr(xla, "_TILE", 900)
         monkeypatch.setattr(selection, "_PAIRS", 8)
 
 
@@ -164,6 +166,67 @@ def test_bfloat16_costs_a_few_roundings(name, implementation):
     got = run(narrowed(arrays, "bfloat16"), indices, do, options, implementation)
     assert got["o"].dtype == got["dk"].dtype == jnp.bfloat16
     assert_close(got, expected(name, "bfloat16"), "bfloat16")
+
+
+TPU = {("groups-of-2", "float32"), ("joint-off-by-one", "float32")}
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The TPU kernels, several tiles of them, without a TPU."""
+    monkeypatch.setattr(tpu, "target_platform", lambda: "tpu")
+    monkeypatch.setattr(tpu, "_capacity", lambda: 100 * 2**20)
+    monkeypatch.setattr(tpu, "_TILE", 8)
+    params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    with pltpu.force_tpu_interpret_mode(params):
+        yield
+
+
+@pytest.mark.parametrize(
+    "name, dtype",
+    [pytest.param(name, dtype, marks=() if (name, dtype) in TPU else pytest.mark.slow)
+     for name, dtype in [*((name, "float32") for name in CASES if name != "no-memory"),
+                         ("16-to-1", "bfloat16"), ("joint-groups", "bfloat16")]],
+)
+def test_tpu_is_the_reference(name, dtype, interpreted):
+    arrays, indices, do, options = make(name, **CASES[name])
+    got = run(narrowed(arrays, dtype), indices, do, options, "tpu")
+    assert_close(got, expected(name, dtype), dtype)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (dict(q_dtype="float32"), "all bfloat16 or all float32, got float32, bfloat16, bfloat16"),
+        (dict(chunk_size=24), "chunk_size a multiple of 16, got 24"),
+        (dict(J=200), "at most 128 slots, got 200"),
+        (dict(T=2**20), "keeps keys and values in VMEM: 1048576 of them need .* MiB of 100"),
+    ],
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else None,
+)
+def test_what_the_tpu_kernels_refuse(change, reason, interpreted):
+    change = dict(change)
+    dtype = change.pop("q_dtype", "bfloat16")
+    shape = SHAPES["hsa-240m"]._replace(**dict(T=24 * 64) | change)
+    arrays = shape.arrays(B=1)
+    arrays["q"] = jax.ShapeDtypeStruct(arrays["q"].shape, dtype)
+    with pytest.raises(NotImplementedError, match=reason):
+        jax.eval_shape(functools.partial(
+            chunk_sparse_attention, chunk_size=shape.chunk_size, implementation="tpu"), **arrays)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_outputs_and_gradients_have_the_types_of_published_shapes(name):
+    arrays, C = SHAPES[name].arrays(B=2), SHAPES[name].chunk_size
+    indices = arrays.pop("indices")
+
+    def loss(arrays, indices):
+        o = chunk_sparse_attention(**arrays, indices=indices, chunk_size=C)
+        return o.astype(jnp.float32).sum(), o
+
+    gradients, o = jax.eval_shape(jax.grad(loss, has_aux=True), arrays, indices)
+    types = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    assert types(gradients) == types(arrays) and types(o) == types(arrays["q"])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.chunk_topk import chunk_topk, noise, xla
+from pallas_kernels.chunk_topk.shapes import SHAPES
 
 C = 4
 IMPLEMENTATIONS = ("xla",)
@@ -218,6 +219,16 @@ def test_memory_is_far_below_all_pairs():
 
     assert peak(2**15) < 2.2 * peak(2**14) + 2**22
     assert peak(2**15) < 2**15 * 2**13 * 4 / 16
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_outputs_have_the_types_of_published_shapes(name):
+    shape = SHAPES[name]
+    op = functools.partial(chunk_topk, k=shape.k, chunk_size=shape.chunk_size)
+    indices, scores = jax.eval_shape(op, **shape.arrays(B=2))
+    expected = (2, shape.T, shape.G, shape.k)
+    assert (indices.shape, indices.dtype) == (expected, jnp.int32)
+    assert (scores.shape, scores.dtype) == (expected, jnp.float32)
 
 
 # ---------------------------------------------------------------- faults
