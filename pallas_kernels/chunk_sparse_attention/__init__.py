@@ -44,7 +44,8 @@ def chunk_sparse_attention(
 
     Args:
       indices: chosen chunks, distinct; -1 = an empty slot, which contributes nothing.
-      weights: of the slots (of an empty one, anything); None: one softmax over the keys of all chosen chunks together.
+      weights: of the slots, of empty ones anything; None: one softmax over the keys of all chosen
+        chunks together.
       scale: default `K ** -0.5`.
       off_by_one: add 1 to the denominator of each softmax, so that a query may take nothing.
       context_axis: inside shard_map, the mesh axis along which rows are split: queries, keys and
