@@ -81,17 +81,25 @@ def rows_of(x: Array, index: Int[Array, "B G ..."]) -> Array:
 def in_tiles(f: Callable, size: int, *arrays: Array | None):
     """`f` of arrays [B, T, ...], over tiles of at most `size` tokens, one after the other."""
     T = next(x.shape[1] for x in arrays if x is not None)
-    tiles = math.ceil(T / max(size, 1))
-    if tiles <= 1:
+    if T <= max(size, 1):
         return f(*arrays)
-    size = math.ceil(T / tiles)
+    results = jax.lax.map(lambda tile: f(*tile), cut(arrays, size))
+    return jax.tree.map(lambda x: joined(x, T), results)
+
+
+def cut(arrays, size: int):
+    """Arrays [B, T, ...] as tiles [tiles, B, size or less, ...], filled up with zeros."""
 
     def cut(x):
-        x = jnp.pad(x, ((0, 0), (0, tiles * size - T), *[(0, 0)] * (x.ndim - 2)), mode="edge")
-        return jnp.moveaxis(x.reshape(x.shape[0], tiles, size, *x.shape[2:]), 1, 0)
+        tiles = math.ceil(x.shape[1] / max(size, 1))
+        tile = math.ceil(x.shape[1] / tiles)
+        x = jnp.pad(x, ((0, 0), (0, tiles * tile - x.shape[1]), *[(0, 0)] * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(x.shape[0], tiles, tile, *x.shape[2:]), 1, 0)
 
-    def join(x):
-        x = jnp.moveaxis(x, 0, 1)
-        return x.reshape(x.shape[0], tiles * size, *x.shape[3:])[:, :T]
+    return jax.tree.map(cut, arrays)
 
-    return jax.tree.map(join, jax.lax.map(lambda tile: f(*tile), jax.tree.map(cut, arrays)))
+
+def joined(x: Array, T: int) -> Array:
+    """Its inverse."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :T]

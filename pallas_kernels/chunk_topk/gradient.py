@@ -1,7 +1,9 @@
 """The gradient of the chosen scores, whichever way they were chosen.
 
 With `ds` that of `s = scale q . landmark`: `dq = scale sum ds landmark` over the query's slots, and
-`dlandmark = scale sum ds q` over the queries that chose the chunk.
+`dlandmark = scale sum ds q` over the queries that chose the chunk. Where chunks are few, both are
+products with tiles of a T x N matrix that holds ds; else the landmarks are gathered, and the
+queries summed chunk by chunk.
 """
 
 import functools
@@ -9,11 +11,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.attention.xla import alike
-from pallas_kernels.selection import in_tiles, rows_of, sum_over_queries
+from pallas_kernels.selection import cut, in_tiles, joined, rows_of, sum_over_queries
 
-_TILE = 2**18  # numbers gathered at a time
+_TILE = 2**18  # numbers at a time
+_FEW = 128  # chunks per slot, up to which products beat gathering
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -30,17 +34,36 @@ def _forward(choose, scale, q, landmarks, others):
 def _backward(choose, scale, residuals, gradients):
     q, landmarks, indices = residuals
     ds = jnp.where(indices < 0, 0, scale * gradients[1])
-    return _dq(ds, indices, landmarks).astype(q.dtype), _dlandmarks(
-        ds, indices, q, landmarks.shape[1]).astype(landmarks.dtype), None
+    N = landmarks.shape[1]
+    if N <= _FEW * indices.shape[-1]:
+        dq, dlandmarks = _by_products(ds, indices, q, landmarks)
+    else:
+        dq, dlandmarks = _dq(ds, indices, landmarks), _dlandmarks(ds, indices, q, N)
+    return dq.astype(q.dtype), dlandmarks.astype(landmarks.dtype), None
 
 
 with_gradient.defvjp(_forward, _backward)
 
 
+def _by_products(ds, indices, q, landmarks):
+    (B, T, G, _), N = ds.shape, landmarks.shape[1]
+    landmarks = landmarks.astype(ds.dtype)
+
+    def tile(dlandmarks, arrays):
+        ds, indices, q = arrays
+        of_chunk = indices[..., None] == np.arange(N)
+        ds = jnp.where(of_chunk, ds[..., None], 0).sum(3)  # [B, T, G, N]
+        dlandmarks += jnp.einsum("btgn,btgr->bngr", ds, q.astype(ds.dtype))
+        return dlandmarks, jnp.einsum("btgn,bngr->btgr", ds, landmarks)
+
+    start = alike(jnp.zeros(landmarks.shape, ds.dtype), (ds, indices, q, landmarks))
+    tiles = cut((ds, indices, q), _TILE // max(B * G * N, 1))
+    dlandmarks, dq = jax.lax.scan(tile, start, tiles)
+    return joined(dq, T), dlandmarks
+
+
 def _dq(ds, indices, landmarks):
     B, T, G, J = ds.shape
-    if landmarks.shape[1] == 0:
-        return jnp.zeros((B, T, G, landmarks.shape[-1]), ds.dtype)
 
     def tile(ds, indices):
         chosen = rows_of(landmarks, jnp.moveaxis(jnp.maximum(indices, 0), 2, 1))
@@ -52,8 +75,6 @@ def _dq(ds, indices, landmarks):
 def _dlandmarks(ds, indices, q, N):
     B, T, G, J = ds.shape
     R = q.shape[-1]
-    if N == 0:
-        return jnp.zeros((B, N, G, R), ds.dtype)
     ds_of_pair = jnp.moveaxis(ds, 3, 2).reshape(B, T * J, G)
 
     def of_pairs(pairs, real, _):

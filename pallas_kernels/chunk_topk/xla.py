@@ -41,13 +41,18 @@ def _choose(q, landmarks, ended, segments, chunk_segments, words, *, k, scale):
         none = alike(none, (q, landmarks, ended, segments, chunk_segments, words))
         blocks = jnp.minimum(-(-ended.max() // block), -(-N // block))
         choice, indices = jax.lax.fori_loop(0, blocks, best, none)
-        indices = jnp.where(choice == -jnp.inf, -1, indices)
-        if words is not None:
-            choice -= gumbel(words[..., None], indices)
-        minus_indices, choice = jax.lax.sort((-indices, choice), num_keys=1)
-        return -minus_indices, choice
+        return latest_first(choice, indices, words)
 
     return in_tiles(tile, queries, q, ended, segments, words)
+
+
+def latest_first(choice, indices, words):
+    """The chosen as the op returns them: noise taken off, empty slots -1 and last."""
+    indices = jnp.where(choice == -jnp.inf, -1, indices)
+    if words is not None:
+        choice -= gumbel(words[..., None], indices)
+    minus_indices, scores = jax.lax.sort((-indices, choice), num_keys=1)
+    return -minus_indices, scores
 
 
 def _tile_sizes(rows, T, N):
@@ -76,8 +81,8 @@ def _best_of_block(landmarks, chunk_segments, q, ended, segments, words, i, best
 
     runs = choice.reshape(*choice.shape[:2], block // run, run, -1).max(3)
     runs = jnp.swapaxes(runs[:, :, ::-1], 2, 3)
-    latest_first = jnp.sort(_top(runs, min(k, block // run)), axis=-1)  # [B, G, T, runs]
-    members = block - 1 - (latest_first[..., None] * run + np.arange(run))
+    kept = jnp.sort(_top(runs, min(k, block // run)), axis=-1)  # [B, G, T, runs], latest first
+    members = block - 1 - (kept[..., None] * run + np.arange(run))
     members = members.reshape(*members.shape[:3], -1)
     choice = jnp.take_along_axis(choice, jnp.swapaxes(members, 2, 3), axis=2)
 

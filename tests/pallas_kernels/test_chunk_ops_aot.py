@@ -8,6 +8,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.chunk_sparse_attention import chunk_sparse_attention, shapes
+from pallas_kernels.chunk_topk import chunk_topk
+from pallas_kernels.chunk_topk.shapes import SHAPES as TOPK_SHAPES
 
 pytestmark = test_aot_tpu.pytestmark
 mesh_of = test_aot_tpu.mesh_of
@@ -57,3 +59,27 @@ def test_odd_attention_compiles(chip, change, mesh_of):
     got = attention_gradients(
         mesh_of(chip), shape, jnp.float32, joint=True, off_by_one=True, implementation="tpu")
     assert got == {"forward", "backward"}
+
+
+@pytest.mark.parametrize(
+    "chip, name, dtype",
+    [pytest.param(chip, name, dtype, marks=() if (chip, name) in DEFAULT else pytest.mark.slow)
+     for chip in CHIPS for name in TOPK_SHAPES for dtype in ("bfloat16", "float32")],
+)
+def test_topk_compiles(chip, name, dtype, mesh_of):
+    """Packed rows, with noise, and the gradient by queries and landmarks."""
+    shape = TOPK_SHAPES[name]
+    ids = lambda length: jax.ShapeDtypeStruct((1, length), jnp.int32)
+    arrays = shape.arrays(B=1, dtype=jnp.dtype(dtype)) | dict(
+        segments=ids(shape.T), chunk_segments=ids(shape.T // shape.chunk_size))
+
+    def gradients(arrays):
+        def loss(q, landmarks):
+            indices, scores = chunk_topk(
+                q, landmarks, k=shape.k, chunk_size=shape.chunk_size, segments=arrays["segments"],
+                chunk_segments=arrays["chunk_segments"], noise_key=jax.random.key(0))
+            return jnp.where(indices < 0, 0, scores).sum()
+
+        return jax.grad(loss, (0, 1))(arrays["q"], arrays["landmarks"])
+
+    assert "chunk_topk" in compiled(mesh_of(chip), gradients, arrays)

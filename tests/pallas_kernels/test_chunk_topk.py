@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.chunk_topk import chunk_topk, noise, xla
+from pallas_kernels.chunk_topk import chunk_topk, gradient, noise, tpu, xla
 from pallas_kernels.chunk_topk.shapes import SHAPES
 
 C = 4
@@ -36,6 +37,7 @@ CASES = {
     "more-slots-than-chunks": dict(T=24, k=9),
     "decode": dict(T=1, N=50, start=np.array([150, 3], np.int32)),
     "prefill": dict(T=12, N=50, start=np.array([150, 60], np.int32)),
+    "many-chunks": dict(T=140, N=300, start=np.array([1100, 300], np.int32)),
     "noise": dict(T=67, noise_key=jax.random.key(3)),
     "noise-in-documents": dict(T=63, segments=PACKED, chunk_segments=chunks_of(PACKED), G=2,
                                noise_key=jax.random.key(4)),
@@ -86,6 +88,8 @@ def assert_close(got, want, tolerance):
 @pytest.fixture(params=["one-tile", "small-tiles"])
 def tiles(request, monkeypatch):
     if request.param == "small-tiles":
+        monkeypatch.setattr(gradient, "_FEW", 0)
+        monkeypatch.setattr(gradient, "_TILE", 500)
         monkeypatch.setattr(xla, "_TILE", 96)
         monkeypatch.setattr(xla, "_QUERIES", 8)
         monkeypatch.setattr(xla, "_RUN", 2)
@@ -156,6 +160,47 @@ def test_is_the_reference(name, implementation, tiles):
     assert_close(got, expected(name), 1e-5)
 
 
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The TPU kernel, small blocks of it, without a TPU."""
+    monkeypatch.setattr(tpu, "target_platform", lambda: "tpu")
+    monkeypatch.setattr(tpu, "_BLOCK", 128)
+    params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    with pltpu.force_tpu_interpret_mode(params):
+        yield
+
+
+TPU = ("many-chunks", "noise-in-documents")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in TPU else pytest.mark.slow)
+             for name in CASES if name != "short"])
+def test_tpu_is_the_reference(name, interpreted):
+    arrays, weights, options = make(name, **CASES[name])
+    assert_close(run(arrays, weights, options, "tpu", np.float32), expected(name), 1e-5)
+
+
+def test_tpu_gives_ties_to_the_later_chunk(interpreted):
+    check_ties("tpu")
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (dict(landmarks=np.ones((1, 2, 1, 4), np.float32)), "got bfloat16 and float32"),
+        (dict(landmarks=np.ones((1, 0, 1, 4), jnp.bfloat16)), "at least one chunk"),
+        (dict(k=200), "k up to 128, got 4 and 200"),
+    ],
+    ids=["mixed", "no-chunk", "many-slots"],
+)
+def test_what_the_tpu_kernel_refuses(change, reason, interpreted):
+    x = np.ones((1, 8, 1, 4), jnp.bfloat16)
+    arguments = dict(q=x, landmarks=x[:, :2], k=2, chunk_size=4) | change
+    with pytest.raises(NotImplementedError, match=reason):
+        chunk_topk(**arguments, implementation="tpu")
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_bfloat16_inputs_cost_only_their_rounding(implementation):
     arrays, weights, options = make("packed", **CASES["packed"])
@@ -166,7 +211,11 @@ def test_bfloat16_inputs_cost_only_their_rounding(implementation):
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
 def test_of_equal_scores_the_later_chunks_win(implementation, tiles):
-    """Among chunks of few distinct scores; exact in any precision."""
+    check_ties(implementation)
+
+
+def check_ties(implementation):
+    """Among 40 chunks of three distinct scores; exact in any precision."""
     rng = np.random.default_rng(0)
     q = np.ones((1, 40, 1, 1), np.float32)
     landmarks = rng.integers(0, 3, (1, 40, 1, 1)).astype(np.float32)
@@ -199,7 +248,9 @@ def test_noise_is_gumbel_and_depends_on_the_key_and_places_only():
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_gradients_are_the_same_bits_every_time(implementation):
+@pytest.mark.parametrize("few", [0, 128], ids=["gathered", "products"])
+def test_gradients_are_the_same_bits_every_time(implementation, few, monkeypatch):
+    monkeypatch.setattr(gradient, "_FEW", few)
     arrays, weights, options = make("row", T=200)
     first, second = (run(arrays, weights, options, implementation, np.float32) for _ in range(2))
     assert all(np.array_equal(first[name], second[name]) for name in first)
