@@ -13,9 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from pallas_kernels.dispatch import target_platform
+
 Sums = TypeVar("Sums")  # a pytree of arrays [B, G, W, ...]
 
 _PAIRS = 64  # of a chunk, per step
+_CPU_TILE = 2**18  # numbers at a time: they stay in cache
+_TILE = 2**24  # elsewhere fewer, larger steps
 
 
 def pairs_by_chunk(
@@ -76,6 +80,11 @@ def rows_of(x: Array, index: Int[Array, "B G ..."]) -> Array:
     return jax.vmap(jax.vmap(pick, in_axes=(1, 0)))(x, index)
 
 
+
+
+def tile_size() -> int:
+    """How many numbers to work on at a time."""
+    return _CPU_TILE if target_platform() == "cpu" else _TILE
 
 
 def in_tiles(f: Callable, size: int, *arrays: Array | None):

@@ -23,9 +23,7 @@ from pallas_kernels.chunk_sparse_attention.gathered import (
     logits_of,
     softmax,
 )
-from pallas_kernels.selection import in_tiles, rows_of, sum_over_queries
-
-_TILE = 2**19  # numbers of keys gathered at a time
+from pallas_kernels.selection import in_tiles, rows_of, sum_over_queries, tile_size
 
 
 def chunk_sparse_attention(q, k, v, indices, weights, *, chunk_size, scale, off_by_one):
@@ -72,7 +70,7 @@ def _fetch(chunks, indices):
 
 def _tile_size(k, indices, chunk_size):
     B, _, G, J = indices.shape
-    return _TILE // (B * G * J * chunk_size * k.shape[-1])
+    return tile_size() // (B * G * J * chunk_size * k.shape[-1])
 
 
 def _by_query(chunk_size, scale, off_by_one, q, k, v, indices, weights, do):
@@ -122,6 +120,6 @@ def _by_chunk(chunk_size, scale, off_by_one, q, k, v, indices, weights, do, stat
     dtype = jnp.promote_types(v.dtype, jnp.float32)
     zeros = lambda *shape: alike(jnp.zeros(shape, dtype), (q, k, v, indices, weights, do))
     start = lambda W: (zeros(B, G, W, C, K), zeros(B, G, W, C, V))
-    step = _TILE // (q.shape[3] * max(K, V, C))
+    step = tile_size() // (q.shape[3] * max(K, V, C))
     sums = sum_over_queries(of_pairs, start, indices, N, step)
     return (jnp.moveaxis(x, 1, 3).reshape(B, S, G, -1) for x in sums)

@@ -14,9 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.attention.xla import alike
-from pallas_kernels.selection import cut, in_tiles, joined, rows_of, sum_over_queries
+from pallas_kernels.selection import (
+    cut,
+    in_tiles,
+    joined,
+    rows_of,
+    sum_over_queries,
+    tile_size,
+)
 
-_TILE = 2**18  # numbers at a time
 _FEW = 128  # chunks per slot, up to which products beat gathering
 
 
@@ -57,7 +63,7 @@ def _by_products(ds, indices, q, landmarks):
         return dlandmarks, jnp.einsum("btgn,bngr->btgr", ds, landmarks)
 
     start = alike(jnp.zeros(landmarks.shape, ds.dtype), (ds, indices, q, landmarks))
-    tiles = cut((ds, indices, q), _TILE // max(B * G * N, 1))
+    tiles = cut((ds, indices, q), tile_size() // max(B * G * N, 1))
     dlandmarks, dq = jax.lax.scan(tile, start, tiles)
     return joined(dq, T), dlandmarks
 
@@ -69,7 +75,7 @@ def _dq(ds, indices, landmarks):
         chosen = rows_of(landmarks, jnp.moveaxis(jnp.maximum(indices, 0), 2, 1))
         return jnp.einsum("btgj,bgtjr->btgr", ds, chosen.astype(ds.dtype))
 
-    return in_tiles(tile, _TILE // (B * G * J * landmarks.shape[-1]), ds, indices)
+    return in_tiles(tile, tile_size() // (B * G * J * landmarks.shape[-1]), ds, indices)
 
 
 def _dlandmarks(ds, indices, q, N):
@@ -83,4 +89,5 @@ def _dlandmarks(ds, indices, q, N):
         return jnp.einsum("bgwp,bgwpr->bgwr", weight, queries)
 
     start = lambda W: alike(jnp.zeros((B, G, W, R), ds.dtype), (ds, indices, q))
-    return jnp.moveaxis(sum_over_queries(of_pairs, start, indices, N, _TILE // R), 1, 2)
+    sums = sum_over_queries(of_pairs, start, indices, N, tile_size() // R)
+    return jnp.moveaxis(sums, 1, 2)

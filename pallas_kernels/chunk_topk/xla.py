@@ -13,9 +13,8 @@ import numpy as np
 from pallas_kernels.attention.xla import alike
 from pallas_kernels.chunk_topk.gradient import with_gradient
 from pallas_kernels.chunk_topk.noise import gumbel
-from pallas_kernels.selection import in_tiles
+from pallas_kernels.selection import in_tiles, tile_size
 
-_TILE = 2**18  # scores at a time: they stay in cache
 _QUERIES = 64  # over all rows and groups, before blocks of landmarks are made smaller
 _RUN = 16  # chunks
 
@@ -58,9 +57,9 @@ def latest_first(choice, indices, words):
 def _tile_sizes(rows, T, N):
     """Chunks and queries of a tile of scores, of `rows` rows and groups."""
     queries = max(1, min(T, _QUERIES // rows))
-    block = min(N, max(_TILE // (rows * queries), 2 * _RUN))
+    block = min(N, max(tile_size() // (rows * queries), 2 * _RUN))
     block = block // _RUN * _RUN if block > _RUN else block
-    return block, max(queries, _TILE // (rows * block))
+    return block, max(queries, tile_size() // (rows * block))
 
 
 def _best_of_block(landmarks, chunk_segments, q, ended, segments, words, i, best, *,

@@ -8,7 +8,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import selection
-from pallas_kernels.chunk_sparse_attention import attend_chunks, chunk_sparse_attention, tpu, xla
+from pallas_kernels.chunk_sparse_attention import attend_chunks, chunk_sparse_attention, tpu
 from pallas_kernels.chunk_sparse_attention.shapes import SHAPES
 
 IMPLEMENTATIONS = ("xla",)
@@ -94,7 +94,7 @@ def assert_close(got, want, dtype):
 @pytest.fixture(params=["one-tile", "small-tiles"])
 def tiles(request, monkeypatch):
     if request.param == "small-tiles":
-        monkeypatch.setattr(xla, "_TILE", 900)
+        monkeypatch.setattr(selection, "_CPU_TILE", 900)
         monkeypatch.setattr(selection, "_PAIRS", 8)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import selection
 from pallas_kernels.chunk_topk import chunk_topk, gradient, noise, tpu, xla
 from pallas_kernels.chunk_topk.shapes import SHAPES
 
@@ -89,8 +90,7 @@ def assert_close(got, want, tolerance):
 def tiles(request, monkeypatch):
     if request.param == "small-tiles":
         monkeypatch.setattr(gradient, "_FEW", 0)
-        monkeypatch.setattr(gradient, "_TILE", 500)
-        monkeypatch.setattr(xla, "_TILE", 96)
+        monkeypatch.setattr(selection, "_CPU_TILE", 96)
         monkeypatch.setattr(xla, "_QUERIES", 8)
         monkeypatch.setattr(xla, "_RUN", 2)
 
