@@ -31,6 +31,11 @@ class Plan:
     joint: bool
     vmem: int  # bytes
 
+    @property
+    def together(self):
+        """Queries of the forward pass that fill each other's latencies: about 32 slots."""
+        return min(self.tile, 1 << (max(1, 32 // self.J).bit_length() - 1))
+
 
 def _dot(a, b, contract):
     """A product of matrices in f32; `contract` names a dimension of each."""
@@ -78,7 +83,7 @@ def _forward_kernel(plan, indices_ref, *refs):
     weights_ref, refs = (None, refs) if plan.joint else (refs[0], refs[1:])
     q_ref, k_ref, v_ref, o_ref = refs
 
-    def query(t, _):
+    def query(t):
         slots, q = _Slots(plan, t, indices_ref, weights_ref), q_ref[0, 0, t]
         logits = [plan.scale * _dot(q, k_ref[0, 0, i], _NT) for i in slots.chunk]
         o = jnp.zeros(o_ref.shape[3:], jnp.float32)
@@ -86,9 +91,13 @@ def _forward_kernel(plan, indices_ref, *refs):
         for x, w, i in zip(p, slots.weight, slots.chunk, strict=True):
             o += _dot((w * x).astype(v_ref.dtype), v_ref[0, 0, i], _NN)
         o_ref[0, 0, t] = o.astype(o_ref.dtype)
+
+    def queries(i, _):
+        for n in range(plan.together):
+            query(i * plan.together + n)
         return 0
 
-    lax.fori_loop(0, plan.tile, query, 0)
+    lax.fori_loop(0, plan.tile // plan.together, queries, 0)
 
 
 def _backward_kernel(plan, indices_ref, *refs):
