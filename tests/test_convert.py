@@ -93,11 +93,14 @@ def test_loaded_onto_a_mesh(scan, tmp_path):
     whole = read.load(config)
     with jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))):
         cut = read.load(config)
+        back = dict(weights.tensors_of(config, read.family, cut))
         placed = jax.jit(lambda: place_parameters(Decoder(config, jax.random.key(0))))()
     for x, y, z in zip(*map(jax.tree.leaves, (whole, cut, placed)), strict=True):
         np.testing.assert_array_equal(x, y)
         assert y.sharding == z.sharding
         assert y.dtype == jnp.float32
+    assert back.keys() == tensors.keys()
+    assert all(np.array_equal(back[n], x) for n, x in tensors.items())
     parts = [len({str(s.index) for s in x.addressable_shards}) for x in jax.tree.leaves(cut)]
     assert parts.count(8) > 10
 

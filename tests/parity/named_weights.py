@@ -39,7 +39,7 @@ class Sizes:
         ffn = mlp("swiglu", hidden=self.hidden)
         config = dict(
             layers=self.layers,
-            blocks={letter: block(mixers[letter], mlp=ffn) for letter in set(self.layers)},
+            blocks={c: block(mixers[c], mlp=ffn) for c in dict.fromkeys(self.layers)},
             width=self.width,
             vocab=self.vocab,
             tied=self.tied,
