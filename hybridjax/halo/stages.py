@@ -107,9 +107,24 @@ def select(halo: HaloConfig, workdir: pathlib.Path) -> bool:
         halo.evaluation.facts[0],
         halo.evaluation.task,
     )
-    rows, stop = found.get("models", {}), processes.StopRequest()
+    rows = found.get("models", {})
+    if not _sweep(path, rows, model, questions):
+        return False
+    measured = {name: selection.Measured(**row) for name, row in rows.items()}
+    scores = selection.scores_of_rules(measured, depth, keep, halo.select)
+    kept = scores["kept"][halo.select.rule]
+    layers = "".join("LA"[i in kept] for i in range(depth))
+    _write(path, {"models": rows, **scores, "rule": halo.select.rule, "layers": layers})
+    return True
+
+
+def _sweep(
+    path: pathlib.Path, rows: dict[str, Any], model: Decoder, questions: selection.Questions
+) -> bool:
+    """Measures the models that `rows` lacks, writing each down; False where asked to stop."""
+    stop = processes.StopRequest()
     try:
-        for number, (name, chosen) in enumerate(selection.sweep(depth).items()):
+        for number, (name, chosen) in enumerate(selection.sweep(len(model.layers)).items()):
             if stop.at(number):
                 if jax.process_index() == 0:
                     print(f"stopped before the model {name!r}; the same command resumes")
@@ -117,14 +132,9 @@ def select(halo: HaloConfig, workdir: pathlib.Path) -> bool:
             if name not in rows:
                 rows[name] = dataclasses.asdict(selection.measure(model, chosen, questions))
                 _write(path, {"models": rows})
+        return True
     finally:
         stop.close()
-    measured = {name: selection.Measured(**row) for name, row in rows.items()}
-    scores = selection.scores_of_rules(measured, depth, keep, halo.select)
-    kept = scores["kept"][halo.select.rule]
-    layers = "".join("LA"[i in kept] for i in range(depth))
-    _write(path, {"models": rows, **scores, "rule": halo.select.rule, "layers": layers})
-    return True
 
 
 def distill(halo: HaloConfig, workdir: pathlib.Path) -> bool:
