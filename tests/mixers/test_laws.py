@@ -13,11 +13,32 @@ import pytest
 
 from hybridjax import mixers
 from hybridjax.config import MeshConfig, build
+from hybridjax.mixers import mixer as spec_of
 from hybridjax.mixers.base import Context
+from hybridjax.models import block, mlp
 from hybridjax.sharding import make_mesh, place, place_parameters
 
 WIDTH = 32
 HEADS = dict(heads=4, head_dim=16)
+
+
+
+def hsa(memory, retrieval, reading=None):
+    """A chunk encoder, a block that retrieves, and one that reads what the other has chosen."""
+    shape = dict(kv_heads=2, landmark_dim=8) | memory
+    encoder = dict(chunk_size=4, head_dim=16, encoder_heads=2, hidden=32) | shape
+    groups = shape.get("groups") or shape["kv_heads"]
+    choose = spec_of("retrieval", groups=groups, landmark_dim=8, **retrieval)
+    read = spec_of("hsa", **HEADS, **(reading or {}))
+    window, ffn = spec_of("attention", **HEADS, window=5, rope=True), mlp("swiglu", hidden=32)
+    blocks = (
+        block(spec_of("chunk_encoder", **encoder)),
+        block(window, choose, read, mlp=ffn, residual="bypass"),
+        block(read),
+    )
+    return "stack:Stack", dict(blocks=blocks)
+
+
 TABLE = {
     "attention": ("attention", HEADS),
     "attention-rope-grouped": ("attention", HEADS | dict(kv_heads=2, rope=True)),
@@ -34,8 +55,18 @@ TABLE = {
         "gated_deltanet",
         dict(heads=2, head_dim=16, value_heads=4, value_dim=8, convolution=3),
     ),
+    "hsa": hsa(dict(landmark_norm=True), dict(top_k=2, norm=True)),
+    "hsa-joint": hsa(
+        dict(kv_heads=1, landmark="mean", encoder_layers=0),
+        dict(top_k=3, weights="joint", every=2, window=8),
+        dict(off_by_one=True, qk_norm=False),
+    ),
+    "hsa-stick": hsa(
+        dict(groups=1, encoder_layers=2, key_norm=False),
+        dict(top_k=2, weights="stick", recency_bias=True),
+    ),
 }
-SLOW = ("attention-plain", "lightning-plain")
+SLOW = ("attention-plain", "lightning-plain", "hsa-stick")
 TOLERANCE = 2e-5  # of f32 outputs, relative to their size where that is above one
 
 
