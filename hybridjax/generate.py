@@ -117,6 +117,7 @@ def prefill(
 ) -> Prefix:
     """Reads prompts of unequal lengths after what the state has seen, `piece` tokens at a time.
 
+    Where the upper layers look back a bounded way only, they read the ends of the prompts alone.
     The state is used up: copy one that is to be continued in several ways.
     """
     longest = max(map(len, rows))
@@ -125,8 +126,13 @@ def prefill(
     for i, row in enumerate(rows):
         tokens[i, : len(row)], segments[i, : len(row)] = row, 1
     logits = None
+    skips, tail = model.memory_depth < len(model.layers), model.tail
     for start in range(0, longest, piece):
         part = slice(start, start + piece)
+        ends = [len(row) for row in rows if len(row) > start]
+        if skips and all(start + piece + tail < end for end in ends):
+            state = remember_piece(model, tokens[:, part], segments[:, part], state, logit_base)
+            continue
         new, state = read_piece(model, tokens[:, part], segments[:, part], state, logit_base)
         # A row that ended in an earlier piece keeps the logits after its own last token.
         ended = jnp.asarray(segments[:, start] == 0)[:, None]
@@ -141,6 +147,12 @@ def read_piece(model, tokens, segments, state, logit_base):
     last = jnp.arange(tokens.shape[1]) == jnp.sum(segments, axis=1, keepdims=True) - 1
     h = jnp.sum(h, axis=1, keepdims=True, where=last[..., None])
     return _logits(model, h), state
+
+
+@functools.partial(jax.jit, donate_argnums=3)
+def remember_piece(model, tokens, segments, state, logit_base):
+    tokens, segments = place(tokens, "batch", None), place(segments, "batch", None)
+    return model.remember(tokens, state, segments, logit_base)
 
 
 def _logits(model: Decoder, h: Float[Array, "B 1 D"]) -> Float[Array, "B vocab"]:

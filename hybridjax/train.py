@@ -160,8 +160,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """One jitted update; `accumulate` microbatches give the gradient of the whole batch."""
 
-    def loss_sum(model: Decoder, batch: Batch) -> tuple[Array, dict[str, Array]]:
-        ctx = Context(batch["positions"], batch["segments"])
+    def loss_sum(model: Decoder, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
+        ctx = Context(batch["positions"], batch["segments"], key=key)
         h = model.hidden(batch["tokens"], ctx)
         weights = batch["loss_weights"]
         total, nats, hit = next_token_loss(model, h, batch["targets"], weights, config.z_loss)
@@ -173,10 +173,10 @@ def make_train_step(
             answers=jnp.sum(asked, dtype=jnp.float32),
         )
 
-    def gradients(model: Decoder, batch: Batch):
+    def gradients(model: Decoder, batch: Batch, key: Array):
         """Loss, sums and gradient of the mean over the batch's weights."""
         weight = jnp.maximum(jnp.sum(batch["loss_weights"]), 1e-8)
-        loss = lambda model, part: (lambda v, aux: (v / weight, aux))(*loss_sum(model, part))
+        loss = lambda model, part: (lambda v, aux: (v / weight, aux))(*loss_sum(model, part, key))
         grad = jax.value_and_grad(loss, has_aux=True)
         if config.accumulate == 1:
             return grad(model, batch)
@@ -191,7 +191,8 @@ def make_train_step(
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        (loss, sums), grads = gradients(state.model, batch)
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        (loss, sums), grads = gradients(state.model, batch, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
         model = optax.apply_updates(state.model, updates)
         scalars = {

@@ -66,6 +66,10 @@ class ChunkState:
         newest = over_mesh(newest, (_PENDING, ("batch",)), (_PENDING, self.pending.shape))
         return ChunkState(newest(line, (end - first) * size), *caches, length)
 
+    def rewound(self, before: "ChunkState") -> "ChunkState":
+        """The earlier state again, in these buffers: chunks beyond its length are not seen."""
+        return dataclasses.replace(self, pending=before.pending, length=before.length)
+
     def memory(self, start: Int[Array, " B"]) -> ChunkMemory:
         """What queries from token `start` on read."""
         count, size = self.keys.shape[1:3]
