@@ -88,7 +88,7 @@ def exact_match(
     """1 for each test whose whole answer is predicted."""
     tail, base = min(TAIL, tests.tokens.shape[1]), traced(logit_base)
     whole = lambda t: _predict(model, t, Context.of_rows(t, logit_base=base), tail)
-    skips = model.memory_depth < len(model.layers) and tests.tokens.shape[1] > PIECE
+    skips = tests.tokens.shape[1] > PIECE and model.memory_depth < len(model.layers)
     predict = (lambda t: _predict_in_pieces(model, t, base, tail)) if skips else whole
     predicted = tests.targets.copy()
     predicted[:, -tail:] = in_batches(predict, tests.tokens)

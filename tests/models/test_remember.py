@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from hybridjax import generate
 from hybridjax.config import ModelConfig, typed
 from hybridjax.evals import needle
+from hybridjax.evals.questions import ask
 from hybridjax.mixers.base import Context
 from hybridjax.models import block, mixer, mlp
 from hybridjax.models.decoder import Decoder
@@ -84,3 +85,18 @@ def test_needles_are_judged_in_pieces_as_in_whole_rows(rng, monkeypatch):
     whole = needle._predict(model, tokens, Context.of_rows(tokens), 9)
     pieces = needle._predict_in_pieces(model, tokens, jnp.float32(1e30), 9)
     np.testing.assert_array_equal(pieces, whole)
+
+
+def test_many_questions_of_one_prefix(rng):
+    """Questions that complete chunks leave no trace for those after them."""
+    model, prefix = decoder("SEHhS"), rng.integers(1, VOCAB, 22)
+    questions = jnp.asarray(rng.integers(1, VOCAB, (3, 7)))
+    state = generate.new_state(model, 1, 32)
+    state, _ = generate.prefill(model, [prefix], state, piece=PIECE)
+    rows = np.concatenate([np.tile(prefix, (3, 1)), questions], axis=1)
+    expected = jnp.argmax(parallel(model, rows), axis=-1)[:, 22:]
+    state, first = ask(model, state, questions)
+    np.testing.assert_array_equal(first, expected)
+    state, again = ask(model, state, questions[::-1])
+    np.testing.assert_array_equal(again, expected[::-1])
+    assert state.length.tolist() == [22]
