@@ -56,8 +56,10 @@ class ChunkState:
         first, end = self.length // size, length // size
         line = self._line(jnp.where(ctx.segments[..., None] > 0, x, 0))
         count = line.shape[1] // size - 1  # more cannot become whole
-        blank = lambda chunks: jax.tree.map(jnp.zeros_like, encode(jnp.zeros_like(chunks)))
-        new = jax.lax.cond(jnp.any(end > first), encode, blank, line[:, : count * size])
+        chunks = line[:, : count * size]
+        shapes = jax.eval_shape(encode, chunks)
+        blank = lambda _: tuple(place(jnp.zeros(s.shape, s.dtype), *_axes(s)) for s in shapes)
+        new = jax.lax.cond(jnp.any(end > first), encode, blank, chunks)
         index = first[:, None] + jnp.arange(count)
         index = jnp.where(index < end[:, None], index, self.landmarks.shape[1])  # out of range
         kept = (self.landmarks, self.keys, self.values)
@@ -95,13 +97,17 @@ class ChunkState:
         return join(self.pending, x, self.length % size)
 
 
+def _axes(x: Array | jax.ShapeDtypeStruct) -> tuple[str | None, ...]:
+    return _LANDMARKS if x.ndim == 4 else _CHUNKS
+
+
 def _write(cache: Array, new: Array, index: Int[Array, "B M"]) -> Array:
     """The cache with the new chunks in their slots, those out of range left out."""
-    axes = _LANDMARKS if cache.ndim == 4 else _CHUNKS
+    axes = _axes(cache)
 
     def write(cache, new, index):
         rows = jnp.arange(cache.shape[0])[:, None]
         return cache.at[rows, index].set(new.astype(cache.dtype), mode="drop")
 
     write = over_mesh(write, (axes, axes, ("batch", None)), (axes, cache.shape))
-    return write(cache, place(new, *axes), index)
+    return write(cache, new, index)

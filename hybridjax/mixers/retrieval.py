@@ -18,7 +18,7 @@ from hybridjax.layers.linear import Linear, split_heads
 from hybridjax.layers.norm import RMSNorm
 from hybridjax.mixers.base import Context, Mixer, new_length, place_state, state, state_field
 from hybridjax.mixers.chunk_memory import ChunkMemory
-from hybridjax.sharding import context_axis, over_mesh, place, ways
+from hybridjax.sharding import context_axis, over_mesh, ways
 from pallas_kernels.chunk_topk import chunk_topk
 
 
@@ -84,17 +84,13 @@ class Retrieval(Mixer):
         self.recency_bias = nnx.Param(jnp.zeros(()), axes=()) if recency_bias else None
 
     @property
-    def align(self) -> int:
-        return self.every
-
-    @property
     def reach(self) -> int:
         return self.every - 1
 
     def __call__(self, x: Float[Array, "B T D"], ctx: Context):
         chosen = self._choose(x, ctx, "length")
         if self.every > 1:
-            chosen = _held(chosen, ctx, self.every)
+            chosen = _held(chosen, ctx, self.every, ctx.shared["memory"].chunk_size)
         return None, {"selection": self._weigh(*chosen)}
 
     def init_state(self, batch: int, max_length: int, dtype: jnp.dtype) -> RetrievalState:
@@ -151,11 +147,17 @@ class Retrieval(Mixer):
         return Selection(indices, WEIGHTS[self.weights](scores))
 
 
-def _held(chosen: tuple[Array, Array], ctx: Context, every: int) -> tuple[Array, Array]:
+def _held(
+    chosen: tuple[Array, Array], ctx: Context, every: int, chunk_size: int
+) -> tuple[Array, Array]:
     """Each token's choice replaced by that of the last token at a multiple of `every`."""
     shape = chosen[0].shape
-    if (shape[1] // ways("length", shape[1])) % every and ways("length", shape[1]) > 1:
-        raise UserError(f"every={every} must divide a device's part of rows of {shape[1]}")
+    devices = ways("length", shape[1])
+    if devices > 1 and (chunk_size % every or shape[1] // devices % every):
+        raise UserError(
+            f"every is {every}: where rows of {shape[1]} are split over {devices} devices, it must "
+            f"divide the chunk size {chunk_size} and a device's part"
+        )
 
     def hold(indices, scores, positions):
         slots = jnp.arange(positions.shape[1]) - positions % every
