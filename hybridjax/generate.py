@@ -121,16 +121,14 @@ def prefill(
     The state is used up: copy one that is to be continued in several ways.
     """
     longest = max(map(len, rows))
-    tokens = np.zeros((len(rows), -(-longest // piece) * piece), np.int32)
+    tokens = np.zeros((len(rows), longest + piece), np.int32)  # every piece is whole
     segments = np.zeros_like(tokens)
     for i, row in enumerate(rows):
         tokens[i, : len(row)], segments[i, : len(row)] = row, 1
     logits = None
-    skips, tail = model.memory_depth < len(model.layers), model.tail
-    for start in range(0, longest, piece):
-        part = slice(start, start + piece)
-        ends = [len(row) for row in rows if len(row) > start]
-        if skips and all(start + piece + tail < end for end in ends):
+    for start, size, matters in _pieces([len(row) for row in rows], piece, model):
+        part = slice(start, start + size)
+        if not matters:
             state = remember_piece(model, tokens[:, part], segments[:, part], state, logit_base)
             continue
         new, state = read_piece(model, tokens[:, part], segments[:, part], state, logit_base)
@@ -138,6 +136,20 @@ def prefill(
         ended = jnp.asarray(segments[:, start] == 0)[:, None]
         logits = new if logits is None else jnp.where(ended, logits, new)
     return state, logits
+
+
+def _pieces(ends: Sequence[int], piece: int, model: Decoder) -> Iterator[tuple[int, int, bool]]:
+    """Start and size of each piece, and whether its outputs matter: to the end of a row, or to
+    what comes after it. The sizes are two at most: `piece`, and one that just exceeds the tail."""
+    skips = model.memory_depth < len(model.layers)
+    small = min(piece, 1 << model.tail.bit_length()) if skips else piece
+    start = 0
+    while start < max(ends):
+        needed = min(end for end in ends if end > start) - 1 - model.tail
+        skipped = [size for size in (piece, small) if skips and start + size <= needed]
+        size = skipped[0] if skipped else small
+        yield start, size, not skipped
+        start += size
 
 
 @functools.partial(jax.jit, donate_argnums=3)

@@ -58,18 +58,28 @@ def parallel(model, tokens):
     return model(tokens)
 
 
-@pytest.mark.parametrize("layers", [name for name in DEPTHS if name != "SEHA"])
-def test_a_prefix_read_for_its_end_alone_goes_on_as_if_read_whole(rng, layers, monkeypatch):
-    """The tail of the longest row spans three borders of chunks, and one of a piece."""
-    model, lengths, more = decoder(layers), [43, 22, 3], 5
+@pytest.mark.parametrize(
+    ("layers", "lengths", "piece", "least"),
+    [
+        ("SEHhS", [43, 22, 3], 4, 4),
+        ("SEHhS", [43, 43, 43], 32, 1),
+        ("SS", [43, 22, 3], 4, 4),
+        ("SAS", [43, 22, 3], 4, 4),
+    ],
+)
+def test_a_prefix_read_for_its_end_alone_goes_on_as_if_read_whole(
+    rng, layers, lengths, piece, least, monkeypatch
+):
+    """The tail of the longest row spans three borders of chunks, and of a piece."""
+    model, more = decoder(layers), 5
     tokens = rng.integers(1, VOCAB, (3, 43 + more))
     skipped = []
     remember = generate.remember_piece
     monkeypatch.setattr(generate, "remember_piece", lambda *a: skipped.append(1) or remember(*a))
     rows = [row[:length] for row, length in zip(tokens, lengths)]
     state = generate.new_state(model, 3, 48)
-    state, logits = generate.prefill(model, rows, state, piece=PIECE)
-    assert len(skipped) > 3
+    state, logits = generate.prefill(model, rows, state, piece=piece)
+    assert len(skipped) >= least
     assert state.length.tolist() == lengths
     following = np.stack([row[n : n + more] for row, n in zip(tokens, lengths)])
     h, state = jax.jit(lambda m, t, s: m.extend(t, s))(model, jnp.asarray(following), state)
