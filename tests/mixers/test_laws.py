@@ -254,7 +254,8 @@ def test_5_sharded_is_unsharded(mixer, rng, mesh):
 
 
 def test_6_bf16_is_near_f32(mixer, rng):
-    x = stream(rng, 2, 40)
+    # With chunks no more than are chosen: rounding may turn a choice, and that is not near.
+    x = stream(rng, 2, 40 if mixer.align == 1 else 3 * mixer.align)
     exact = parallel(mixer, x, rows(x))
     y = parallel(mixer, x.astype(jnp.bfloat16), rows(x))
     assert y.dtype == jnp.bfloat16
