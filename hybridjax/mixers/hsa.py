@@ -78,18 +78,26 @@ class HSA(Mixer):
             )
         q = split_heads(self.query(x), self.head_dim)
         q = q if self.query_norm is None else self.query_norm(q)
-        shared = lambda y: y if y is None else jnp.repeat(y, kv_heads // groups, axis=2)
-        indices, weights = shared(selection.indices), shared(selection.weights)
 
-        def attend(q, k, v, indices, weights):
+        def attend(q, k, v, *selection):
+            indices, weights = (_shared(y, k.shape[2]) for y in selection)
             return chunk_sparse_attention(
                 q, k, v, indices, weights, chunk_size=memory.chunk_size,
                 off_by_one=self.off_by_one,
             )  # fmt: skip
 
-        heads = "heads" if kv_heads % ways("heads") == 0 else None
+        divides = kv_heads % ways("heads") == 0 and groups in (1, kv_heads)
+        heads = "heads" if divides else None
         queries, keys = ("batch", rows, heads, None), ("batch", None, heads, None)
-        in_axes = (queries, keys, keys, queries, queries)
+        chosen = ("batch", rows, heads if groups == kv_heads else None, None)
+        in_axes = (queries, keys, keys, chosen, chosen)
         attend = over_mesh(attend, in_axes, (queries, q.shape))
-        o = attend(q, memory.keys, memory.values, indices, weights)
+        o = attend(q, memory.keys, memory.values, selection.indices, selection.weights)
         return self.output(o.reshape(*x.shape[:2], -1))
+
+
+def _shared(y: Array | None, kv_heads: int) -> Array | None:
+    """A selection `[B, T, G, J]` of fewer groups than there are K/V heads, for each of these."""
+    if y is None or y.shape[2] == kv_heads:
+        return y
+    return jnp.repeat(y, kv_heads // y.shape[2], axis=2)
