@@ -7,13 +7,15 @@ attention, a chunk encoder at mid-depth, upper layers that retrieve chunks from 
     python -m hybridjax.train --config=configs/hsa.py                   # tiny
     python -m hybridjax.train --config=configs/hsa.py:tiny,mean_pool
 
-`tiny` trains on bytes that ship with the package. `mini` is its shape with the chunks and window of
-the paper, for the same bytes; `240m` and `345m` have a vocabulary that needs a tokenizer:
-`--config.data.tokenizer=PATH` and a corpus in `--config.data.sources`. The paper's 240M keeps
-window 512, chunks of 64, top-8 and rows of 4096; its depth, width and heads are not published and
-are inferred here from the count of parameters, as are the chunk encoder's options, from the
-authors' code. `345m` is the like-for-like suite of HiLS (arXiv 2607.02980): 16 layers, 16 heads
-over 2, FFN 4096, top-32 at rows of 8192; the place of its HSA layers is inferred.
+`tiny` trains on bytes that ship with the package: at 256 tokens, 600 steps. With seed 0 it then
+answered, of 40 questions each, .975 at 256 and 4096 tokens and 1.0 at 65,536 (four facts). `mini`
+has the paper's chunks, window and row on the same bytes, and was not trained yet. `240m` and `345m`
+have a vocabulary that needs a tokenizer: `--config.data.tokenizer=PATH` and a corpus in
+`--config.data.sources`. Known of the paper's 240M: window 512, chunks of 64, top-8, rows of 4096,
+8 B tokens; inferred: depth, width, heads and vocabulary, from the count of parameters; the encoder,
+from the authors' code; the optimizer, from that of RAMba (arXiv 2504.16795). `345m` is the
+like-for-like suite of HiLS (arXiv 2607.02980): 16 layers, 16 heads over 2, FFN 4096, top-32 at rows
+of 8192; the places of its HSA layers, the encoder and tying are inferred.
 
 Variants undo one choice each: `swa_only`, `mean_pool`, `no_encoder`, `no_bypass`, `stick`,
 `joint`, `dense_topk`, `once_per_chunk`, `noise`, `recency_bias`, `off_by_one`, `mask_window`.
@@ -80,7 +82,7 @@ def tiny() -> ConfigDict:
 
 
 def mini() -> ConfigDict:
-    """The paper's window, chunks and row on bytes: nothing of it is published."""
+    """The paper's window, chunks and row; its width and depth are our choice."""
     config = tiny()
     config.model.layers = "SSSSEHSSS"
     config.model.width = 256

@@ -1,7 +1,7 @@
 """Hierarchical sparse attention over the chunks that a retrieval has chosen.
 
-Chunk-based length generalization (arXiv 2510.17196), eq. 2: attention within each chosen chunk by
-itself, and the outputs summed with the retrieval's weights w,
+Length Generalization in Hierarchical Sparse Attention Models (arXiv 2510.17196), eq. 2: attention
+within each chosen chunk by itself, and the outputs summed with the retrieval's weights w,
 
     o_t = sum_j w_tj softmax(q_t K_j^T / sqrt(K)) V_j,
 

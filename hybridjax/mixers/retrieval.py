@@ -1,7 +1,7 @@
 """Retrieval: each token chooses the chunks of its past that hierarchical sparse attention reads.
 
-Chunk-based length generalization (arXiv 2510.17196), section 3: with a retrieval query q and the
-chunks' landmarks l, chunk n scores q l_n / sqrt(R); the J best of those that are whole are chosen,
+Length Generalization in Hierarchical Sparse Attention Models (arXiv 2510.17196): with a retrieval
+query q and the chunks' landmarks l, chunk n scores q l_n / sqrt(R); the J best of those that are whole are chosen,
 and weighed by a rule of eq. 1a-1c. The scores enter the output through the weights, and so learn
 from the loss of the language model: the landmark learns what mass attention would give its chunk.
 """
@@ -63,7 +63,7 @@ class Retrieval(Mixer):
     ):
         """Args:
         groups, landmark_dim: as the chunk encoder has them.
-        top_k: chunks per token, J. Few of many: else nothing has to be told apart (section 5).
+        top_k: chunks per token, J. Few of many: else nothing has to be told apart.
         weights: "softmax", "stick" (breaking, from the most recent on), or "joint": one softmax
             over the tokens of all chosen chunks, which gives the scores no gradient.
         every: tokens between choices; those between keep the last one.
