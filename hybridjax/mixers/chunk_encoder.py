@@ -1,10 +1,10 @@
 """The chunk encoder of hierarchical sparse attention: from the stream to a memory of chunks.
 
 Length Generalization in Hierarchical Sparse Attention Models (arXiv 2510.17196): at mid-depth every
-whole chunk of C tokens is read by a small bidirectional Transformer with a learned token (CLS) at its end. The
-output at CLS gives the chunk's landmark, by which it is found, and the outputs at its tokens give
-the keys and values that are read once it is found. So what makes a chunk retrievable and what it
-says need not share one vector. It adds nothing to the stream.
+whole chunk of C tokens is read by a small bidirectional Transformer with a learned token (CLS) at
+its end. The output at CLS gives the chunk's landmark, by which it is found, and the outputs at its
+tokens give the keys and values that are read once it is found. So what makes a chunk retrievable
+and what it says need not share one vector. It adds nothing to the stream.
 """
 
 import jax

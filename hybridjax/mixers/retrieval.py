@@ -1,9 +1,10 @@
 """Retrieval: each token chooses the chunks of its past that hierarchical sparse attention reads.
 
 Length Generalization in Hierarchical Sparse Attention Models (arXiv 2510.17196): with a retrieval
-query q and the chunks' landmarks l, chunk n scores q l_n / sqrt(R); the J best of those that are whole are chosen,
-and weighed by a rule of eq. 1a-1c. The scores enter the output through the weights, and so learn
-from the loss of the language model: the landmark learns what mass attention would give its chunk.
+query q and the chunks' landmarks l, chunk n scores q l_n / sqrt(R); the J best of those that are
+whole are chosen, and weighed by a rule of eq. 1. The scores enter the output through the weights,
+and so learn from the loss of the language model: the landmark learns what mass attention would
+give its chunk.
 """
 
 import dataclasses
@@ -174,7 +175,7 @@ def _take(x: Float[Array, "B T G J"], slots: Int[Array, "B S"]) -> Float[Array, 
 
 
 def softmax_weights(scores: Float[Array, "*B J"]) -> Float[Array, "*B J"]:
-    """`exp(s_j) / sum exp(s)` (eq. 1b); 0 for scores of -inf, and if all are."""
+    """`exp(s_j) / sum exp(s)` (eq. 1); 0 for scores of -inf, and if all are."""
     chosen = scores > -jnp.inf
     largest = jnp.max(scores, axis=-1, keepdims=True, initial=-1e30)
     shifted = jnp.where(chosen, scores - jax.lax.stop_gradient(largest), 0.0)
@@ -183,7 +184,7 @@ def softmax_weights(scores: Float[Array, "*B J"]) -> Float[Array, "*B J"]:
 
 
 def stick_breaking_weights(scores: Float[Array, "*B J"]) -> Float[Array, "*B J"]:
-    """`sigmoid(s_j) prod_(i < j) (1 - sigmoid(s_i))` (eq. 1c), the most recent chunk first."""
+    """`sigmoid(s_j) prod_(i < j) (1 - sigmoid(s_i))` (eq. 1), the most recent chunk first."""
     chosen = scores > -jnp.inf
     scores = jnp.where(chosen, scores, 0.0)
     spent = jnp.cumsum(jnp.where(chosen, jax.nn.softplus(scores), 0.0), axis=-1)
