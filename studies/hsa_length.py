@@ -35,7 +35,7 @@ from hybridjax import generate
 from hybridjax.data.retrieval import Haystack
 from hybridjax.evals.batches import traced
 from hybridjax.evals.questions import ask
-from hybridjax.workdir import open_run
+from hybridjax.workdir import Run, open_run
 
 ROOT = pathlib.Path("runs/hsa_length")
 RESULTS = pathlib.Path("docs/results")
@@ -91,18 +91,21 @@ def path(name: str, seed: int, length: int) -> pathlib.Path:
 
 
 def source_text(least: int) -> str:
-    """The Python installation's sources: the standard library, then packages as far as needed."""
+    """The Python installation's sources: the standard library, without the texts of pydoc (they are
+    what was trained on), then packages until there are `least` bytes."""
     parts, size = [], 0
     for place in ("stdlib", "purelib"):
         root = pathlib.Path(sysconfig.get_paths()[place])
         for file in sorted(root.rglob("*")):
-            installed = "site-packages" in file.relative_to(root).parts
-            if installed or file.suffix not in (".py", ".rst", ".txt") or not file.is_file():
+            folders = file.relative_to(root).parts
+            if {"site-packages", "pydoc_data", "hybridjax"}.intersection(folders):
+                continue
+            if file.suffix not in (".py", ".rst", ".txt") or not file.is_file():
                 continue
             parts.append(file.read_text(encoding="utf-8", errors="replace"))
             size += len(parts[-1].encode())
             if place == "purelib" and size > least:
-                break
+                return "\n".join(parts)
     return "\n".join(parts)
 
 
@@ -115,40 +118,42 @@ def measure(name: str, seed: int, length: int, text: str) -> None:
     haystack = Haystack(run.tokenizer, run.config.evaluation.split, text=text)
     if len(haystack) < length:
         raise SystemExit(f"the text has {len(haystack)} tokens: {length} would repeat it")
-    base, hits, deep, reading, asking = traced(run.logit_base), [], [], [], []
-    for row in range(ROWS):
-        rng = random.Random(f"{seed} {length} {row}")
-        prefix = length - haystack.width
-        tokens, questions, starts = haystack.questioned(rng, prefix, FACTS)
-        state = generate.new_state(run.model, 1, length)
-        began = time.perf_counter()
-        tokens = np.frombuffer(tokens, np.int32)
-        state, _ = generate.prefill(
-            run.model, [tokens], state, logit_base=base, piece=min(PIECE, length)
-        )
-        jax.block_until_ready(state)
-        read = time.perf_counter()
-        questions = np.stack([np.frombuffer(q, np.int32) for q in questions])
-        state, predicted = ask(run.model, state, jnp.asarray(questions), base)
-        predicted = np.asarray(predicted)
-        value = slice(haystack.value_start, haystack.width - 1)
-        hit = predicted[:, value.start - 1 : value.stop - 1] == questions[:, value]
-        hits += hit.all(axis=1).tolist()
-        deep += [prefix - start > TRAINED for start in starts]
-        reading.append(read - began)
-        asking.append(time.perf_counter() - read)
-        del state
-    beyond = [h for h, d in zip(hits, deep, strict=True) if d]
+    rows = [read_and_ask(run, haystack, f"{seed} {length} {row}", length) for row in range(ROWS)]
+    hits, deep = (np.concatenate([row[i] for row in rows]) for i in range(2))
+    reading, asking = (min(row[i] for row in rows) for i in (2, 3))  # the first row compiles
     cell = dict(
         model=name, seed=seed, length=length, steps=run.step, questions=len(hits), rows=ROWS,
-        facts=FACTS, exact=float(np.mean(hits)), deep=float(np.mean(beyond)) if beyond else None,
-        deep_questions=len(beyond), reading_tokens_per_second=length / min(reading),  # the first row compiles
-        asking_seconds_per_question=min(asking) / FACTS,
+        facts=FACTS, exact=float(hits.mean()), deep_questions=int(deep.sum()),
+        deep=float(hits[deep].mean()) if deep.any() else None,
+        reading_tokens_per_second=length / reading, asking_seconds_per_question=asking / FACTS,
         text_sha256=hashlib.sha256(text.encode()).hexdigest(),
     )  # fmt: skip
     CELLS.mkdir(parents=True, exist_ok=True)
     path(name, seed, length).write_text(json.dumps(cell, indent=1) + "\n")
     print(f"{name} seed {seed} length {length:,}: exact {cell['exact']:.3f}", flush=True)
+
+
+def read_and_ask(
+    run: Run, haystack: Haystack, seed: str, length: int
+) -> tuple[np.ndarray, np.ndarray, float, float]:
+    """For each fact of a row whether its value is answered, and whether it lies more than a
+    training length back; and the seconds that reading and asking took."""
+    tokens, questions, starts = haystack.questioned(
+        random.Random(seed), length - haystack.width, FACTS
+    )
+    tokens, questions = np.array(tokens, np.int32), np.array(questions, np.int32)
+    state, base = generate.new_state(run.model, 1, length), traced(run.logit_base)
+    began = time.perf_counter()
+    state, _ = jax.block_until_ready(
+        generate.prefill(run.model, [tokens], state, logit_base=base, piece=min(PIECE, length))
+    )
+    read = time.perf_counter()
+    _, predicted = ask(run.model, state, jnp.asarray(questions), base)
+    first, last = haystack.value_start, haystack.width - 1
+    hits = np.asarray(predicted)[:, first - 1 : last - 1] == questions[:, first:last]
+    asked = time.perf_counter()
+    deep = len(tokens) - np.array(starts) > TRAINED
+    return hits.all(axis=1), deep, read - began, asked - read
 
 
 def trained(name: str, seed: int) -> pathlib.Path:
