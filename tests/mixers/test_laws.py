@@ -50,7 +50,8 @@ TABLE = {
         "gated_deltanet",
         dict(heads=2, head_dim=16, value_heads=4, value_dim=8, convolution=3),
     ),
-    "hsa": hsa(dict(landmark_norm=True), dict(top_k=2, norm=True)),
+    "hsa": hsa(dict(landmark="mean", encoder_layers=0), dict(top_k=2)),
+    "hsa-cls": hsa(dict(landmark_norm=True), dict(top_k=2, norm=True)),
     "hsa-joint": hsa(
         dict(kv_heads=1, landmark="mean", encoder_layers=0),
         dict(top_k=3, weights="joint", every=2, window=8),
@@ -61,7 +62,7 @@ TABLE = {
         dict(top_k=2, weights="stick", recency_bias=True),
     ),
 }
-SLOW = ("attention-plain", "lightning-plain", "hsa-joint", "hsa-stick")
+SLOW = ("attention-plain", "lightning-plain", "hsa-cls", "hsa-joint", "hsa-stick")
 BUILT = {}  # mixers that earlier tests have built
 TOLERANCE = 2e-5  # of f32 outputs, relative to their size where that is above one
 
