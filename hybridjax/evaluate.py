@@ -58,7 +58,11 @@ def report(workdir: str | os.PathLike) -> dict[str, Any]:
 def measure(run: Run) -> dict[str, Any]:
     """All that `evaluation.json` holds."""
     config, ev = run.config, run.config.evaluation
-    lengths = tuple(times * config.seq_len for times in ev.lengths)
+    lengths = tuple(
+        times * config.seq_len
+        for times in ev.lengths
+        if all(heldout.fits(run.tokenizer, s, times * config.seq_len) for s in (ev.split, "tune"))
+    )
     base, bits = heldout.choose_logit_base(
         run.model, run.tokenizer, lengths[-2:], ev.heldout_tokens, ev.logit_bases
     )

@@ -117,21 +117,39 @@ def prefill(
 ) -> Prefix:
     """Reads prompts of unequal lengths after what the state has seen, `piece` tokens at a time.
 
+    Where the upper layers look back a bounded way only, they read the ends of the prompts alone.
     The state is used up: copy one that is to be continued in several ways.
     """
     longest = max(map(len, rows))
-    tokens = np.zeros((len(rows), -(-longest // piece) * piece), np.int32)
+    tokens = np.zeros((len(rows), longest + piece), np.int32)  # every piece is whole
     segments = np.zeros_like(tokens)
     for i, row in enumerate(rows):
         tokens[i, : len(row)], segments[i, : len(row)] = row, 1
     logits = None
-    for start in range(0, longest, piece):
-        part = slice(start, start + piece)
+    for start, size, matters in _pieces([len(row) for row in rows], piece, model):
+        part = slice(start, start + size)
+        if not matters:
+            state = remember_piece(model, tokens[:, part], segments[:, part], state, logit_base)
+            continue
         new, state = read_piece(model, tokens[:, part], segments[:, part], state, logit_base)
         # A row that ended in an earlier piece keeps the logits after its own last token.
         ended = jnp.asarray(segments[:, start] == 0)[:, None]
         logits = new if logits is None else jnp.where(ended, logits, new)
     return state, logits
+
+
+def _pieces(ends: Sequence[int], piece: int, model: Decoder) -> Iterator[tuple[int, int, bool]]:
+    """Start and size of each piece, and whether its outputs matter: to the end of a row, or to
+    what comes after it. The sizes are two at most: `piece`, and one that just exceeds the tail."""
+    skips = model.memory_depth < len(model.layers)
+    small = min(piece, 1 << model.tail.bit_length()) if skips else piece
+    start = 0
+    while start < max(ends):
+        needed = min(end for end in ends if end > start) - 1 - model.tail
+        skipped = [size for size in (piece, small) if skips and start + size <= needed]
+        size = skipped[0] if skipped else small
+        yield start, size, not skipped
+        start += size
 
 
 @functools.partial(jax.jit, donate_argnums=3)
@@ -141,6 +159,12 @@ def read_piece(model, tokens, segments, state, logit_base):
     last = jnp.arange(tokens.shape[1]) == jnp.sum(segments, axis=1, keepdims=True) - 1
     h = jnp.sum(h, axis=1, keepdims=True, where=last[..., None])
     return _logits(model, h), state
+
+
+@functools.partial(jax.jit, donate_argnums=3)
+def remember_piece(model, tokens, segments, state, logit_base):
+    tokens, segments = place(tokens, "batch", None), place(segments, "batch", None)
+    return model.remember(tokens, state, segments, logit_base)
 
 
 def _logits(model: Decoder, h: Float[Array, "B 1 D"]) -> Float[Array, "B vocab"]:

@@ -214,31 +214,33 @@ def make_train_step(
     """One jitted update; `accumulate` microbatches give the gradient of the whole batch.
 
     Args:
-      gradients: `(model, batch, weight, *fixed) -> (loss, means, gradient)`, all of which add up
-        over the parts of a batch whose `loss_weights` sum to `weight`; `means` are pairs of a sum
-        and its count. None: of the next-token loss.
+      gradients: `(model, batch, weight, key, *fixed) -> (loss, means, gradient)`, all of which add
+        up over the parts of a batch whose `loss_weights` sum to `weight`; `means` are pairs of a
+        sum and its count; `key` is for mixers that draw noise. None: of the next-token loss.
     Returns:
       `(state, batch, *fixed) -> (state, scalars)`.
     """
     gradients = gradients or gradients_of(functools.partial(next_token_sums, config.z_loss))
 
-    def over_parts(model, batch: Batch, *fixed):
+    def over_parts(model, batch: Batch, key: Array, *fixed):
         weight = jnp.maximum(jnp.sum(batch["loss_weights"]), 1e-8)
-        one = lambda part: gradients(model, part, weight, *fixed)
+        one = lambda part, key: gradients(model, part, weight, key, *fixed)
         if config.accumulate == 1:
-            return one(batch)
+            return one(batch, key)
 
         def body(total, part):
-            return jax.tree.map(jnp.add, total, one(part)), None
+            return jax.tree.map(jnp.add, total, one(*part)), None
 
         parts = {name: _microbatches(x, config.accumulate) for name, x in batch.items()}
+        parts = parts, jax.random.split(key, config.accumulate)
         first = jax.tree.map(lambda x: x[0], parts)
-        zeros = jax.tree.map(lambda x: jnp.zeros_like(x), jax.eval_shape(one, first))
+        zeros = jax.tree.map(lambda x: jnp.zeros_like(x), jax.eval_shape(one, *first))
         return jax.lax.scan(body, zeros, parts)[0]
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, batch: Batch, *fixed) -> tuple[TrainState, dict[str, Array]]:
-        loss, means, grads = over_parts(state.model, batch, *fixed)
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        loss, means, grads = over_parts(state.model, batch, key, *fixed)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
         model = optax.apply_updates(state.model, updates)
         scalars = {
@@ -252,11 +254,12 @@ def make_train_step(
 
 
 def gradients_of(loss_sums: Callable) -> Callable:
-    """What `make_train_step` wants, of `(model, batch, *fixed) -> (sum of the loss, means)`."""
+    """What `make_train_step` wants, of `(model, batch, key, *fixed) -> (sum of the loss,
+    means)`."""
 
-    def gradients(model, batch: Batch, weight: Float[Array, ""], *fixed):
+    def gradients(model, batch: Batch, weight: Float[Array, ""], key: Array, *fixed):
         def loss(model):
-            total, means = loss_sums(model, batch, *fixed)
+            total, means = loss_sums(model, batch, key, *fixed)
             return total / weight, means
 
         (value, means), grads = jax.value_and_grad(loss, has_aux=True)(model)
@@ -265,9 +268,12 @@ def gradients_of(loss_sums: Callable) -> Callable:
     return gradients
 
 
-def next_token_sums(z_loss: float, model: Decoder, batch: Batch) -> tuple[Array, dict]:
+def next_token_sums(
+    z_loss: float, model: Decoder, batch: Batch, key: Array
+) -> tuple[Float[Array, ""], dict[str, tuple[Array, Array]]]:
     """The weighted sum of the next-token loss, and what is logged beside it."""
-    h = model.hidden(batch["tokens"], Context(batch["positions"], batch["segments"]))
+    ctx = Context(batch["positions"], batch["segments"], key=key)
+    h = model.hidden(batch["tokens"], ctx)
     weights = batch["loss_weights"]
     total, nats, hit = next_token_loss(model, h, batch["targets"], weights, z_loss)
     return total, {"cross_entropy": real_mean(nats, batch), "answer_accuracy": hits(hit, batch)}

@@ -91,3 +91,40 @@ def test_qwen3_next_shape_has_the_published_layers():
     names = ("heads", "value_heads", "head_dim", "value_dim", "convolution")
     assert [linear[name] for name in names] == [16, 32, 128, None, 4]
     assert [full[name] for name in ("heads", "kv_heads", "head_dim")] == [16, 2, 256]
+
+
+VARIANTS = runpy.run_path(str(FILES[0].parent / "hsa.py"))["VARIANTS"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_of_hsa_is_another_model_that_can_be_built(variant):
+    plain, config = load("hsa"), load("hsa", f"tiny,{variant}")
+    assert config.model != plain.model and config.name == f"hsa-tiny-{variant}"
+    assert parameters(config) <= parameters(plain) + 1
+
+
+def test_variants_of_hsa_add_up():
+    config = load("hsa", "mini,no_encoder,no_bypass,dense_topk,once_per_chunk")
+    encoder, blocks = config.model.blocks["E"].mixers[0], config.model.blocks
+    assert (encoder["encoder_layers"], encoder["landmark"]) == (0, "mean")
+    assert blocks["H"].residual == blocks["h"].residual == "standard"
+    choose = blocks["H"].mixers[1]
+    assert (choose["top_k"], choose["every"]) == (4096 // 64, 64)
+    assert parameters(config) < parameters(load("hsa", "mini"))
+
+
+HSA = {  # window, chunk, top-k, row, steps, rows per step; as published
+    "240m": (512, 64, 8, 4096, 61_440, 32),
+    "345m": (512, 64, 32, 8192, 30_000, 128),
+}
+
+
+@pytest.mark.parametrize("preset", HSA)
+def test_hsa_sizes(preset):
+    config = load("hsa", preset)
+    letter, blocks = config.model.blocks["S"].mixers[0], config.model.blocks
+    encoder, choose = blocks["E"].mixers[0], blocks["H"].mixers[1]
+    found = letter["window"], encoder["chunk_size"], choose["top_k"]
+    assert (*found, config.seq_len, config.steps, config.batch_size) == HSA[preset]
+    assert abs(parameters(config) / (int(preset[:-1]) * 1e6) - 1) < 0.05
+    assert config.model.layers.index("E") == (len(config.model.layers) - 1) // 2

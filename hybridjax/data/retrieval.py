@@ -33,7 +33,9 @@ class Haystack:
         key_length: int = 1,
         value_length: int = 2,
         separator: str = "",
+        text: str | None = None,
     ):
+        """`text`: hides the facts in this instead of the split's documents."""
         ids = {c: _one_token(tokenizer, c) for c in "#?; " + separator + string.digits}
         self._letters = [_one_token(tokenizer, c) for c in string.ascii_lowercase]
         self._digits = [ids[c] for c in string.digits]
@@ -42,9 +44,13 @@ class Haystack:
         self._key_length, self._value_length = key_length, value_length
         self.value_start = 1 + key_length + len(separator)  # in a fact or question
         self.width = self.value_start + value_length + 1
-        text = tokenizer.encode("\n".join(documents(split)))
-        text[(text == self._fact) | (text == self._question)] = ids[" "]  # no accidental facts
-        self._text = array("i", text.tolist())
+        tokens = tokenizer.encode("\n".join(documents(split)) if text is None else text)
+        tokens[(tokens == self._fact) | (tokens == self._question)] = ids[" "]  # none by accident
+        self._text = array("i", tokens.astype(np.int32).tobytes())
+
+    def __len__(self) -> int:
+        """Tokens of text: longer rows repeat it."""
+        return len(self._text)
 
     def dense(self, rng: random.Random, length: int, facts: int) -> tuple[array, array]:
         """Tokens and answers of a text with many questions.
@@ -88,6 +94,23 @@ class Haystack:
         self._write(tokens, end, pairs[0], question=True)
         self._mark(answers, end, 1)
         return tokens, answers, offset + asked * self.width
+
+    def questioned(
+        self, rng: random.Random, length: int, facts: int
+    ) -> tuple[array, list[array], list[int]]:
+        """Tokens of a text with `facts` facts at random places, the question for each with its
+        answer, and where each fact starts."""
+        slots = length // self.width
+        self.check(length, facts)
+        offset = rng.randrange(length - slots * self.width + 1)
+        starts = [offset + slot * self.width for slot in rng.sample(range(slots), facts)]
+        tokens, questions = self._window(rng, length), []
+        for start, pair in zip(starts, self._pairs(rng, facts), strict=True):
+            self._write(tokens, start, pair, question=False)
+            question = array("i", bytes(4 * self.width))
+            self._write(question, 0, pair, question=True)
+            questions.append(question)
+        return tokens, questions, starts
 
     def check(self, length: int, facts: int) -> None:
         """Raises UserError if `length` tokens, or the keys there are, are too few for `facts`."""

@@ -38,6 +38,11 @@ def rows_of_text(tokenizer: Tokenizer, split: str, length: int, tokens: int) -> 
     return np.stack([ids[s : s + length + 1] for s in starts])
 
 
+def fits(tokenizer: Tokenizer, split: str, length: int) -> bool:
+    """Whether the split has a row of so many tokens."""
+    return sum(len(tokenizer.encode(text + "\n")) for text in documents(split)) > length
+
+
 def bits_per_byte(
     model: Decoder, tokenizer: Tokenizer, rows: np.ndarray, logit_base: float | None = None
 ) -> Heldout:

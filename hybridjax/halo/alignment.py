@@ -19,7 +19,11 @@ from hybridjax.optimizer import make_optimizer
 
 
 def alignment_gradients(
-    mixers: Mixer, batch: dict[str, Array], weight: Float[Array, ""], teacher: Decoder
+    mixers: Mixer,
+    batch: dict[str, Array],
+    weight: Float[Array, ""],
+    key: Array,
+    teacher: Decoder,
 ) -> tuple[Float[Array, ""], dict[str, tuple[Array, Array]], Mixer]:
     """Mean over layers of the mean squared error, each layer's relative error, and gradients.
 
@@ -27,7 +31,7 @@ def alignment_gradients(
     `weight`: the number of real tokens in the batch of which this may be a part.
     """
     real = (batch["segments"] > 0)[..., None]
-    ctx = Context(batch["positions"], batch["segments"])
+    ctx = Context(batch["positions"], batch["segments"], key=key)
     width = teacher.norm.scale.shape[0]
 
     def align(attention, x, ctx, mixer):

@@ -17,10 +17,10 @@ from hybridjax.train import hits, real_mean
 
 
 def distillation_sums(
-    student: Decoder, batch: dict[str, Array], teacher: Decoder
+    student: Decoder, batch: dict[str, Array], key: Array, teacher: Decoder
 ) -> tuple[Float[Array, ""], dict[str, tuple[Array, Array]]]:
     """The weighted sum of the divergence over a batch, and what is logged beside it."""
-    ctx = Context(batch["positions"], batch["segments"])
+    ctx = Context(batch["positions"], batch["segments"], key=key)
     h, g = (model.hidden(batch["tokens"], ctx) for model in (student, teacher))
     kl, hit = kl_divergence(student, h, teacher, jax.lax.stop_gradient(g), batch["targets"])
     total = jnp.sum(kl * batch["loss_weights"])

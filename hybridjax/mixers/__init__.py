@@ -8,6 +8,9 @@ MIXERS = {
     "attention": "hybridjax.mixers.attention:Attention",
     "gated_deltanet": "hybridjax.mixers.gated_deltanet:GatedDeltaNet",
     "lightning": "hybridjax.mixers.lightning:Lightning",
+    "chunk_encoder": "hybridjax.mixers.chunk_encoder:ChunkEncoder",
+    "retrieval": "hybridjax.mixers.retrieval:Retrieval",
+    "hsa": "hybridjax.mixers.hsa:HSA",
     "choice": "hybridjax.mixers.choice:Choice",
 }
 

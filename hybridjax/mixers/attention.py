@@ -117,6 +117,10 @@ class Attention(Mixer):
         )  # fmt: skip
         self.output = GatedOutput(heads * head_dim, width, output_key, gate=gate)
 
+    @property
+    def reach(self) -> int | None:
+        return None if self.window is None else self.window - 1
+
     def __call__(
         self, x: Float[Array, "B T D"], ctx: Context, window: Int[Array, ""] | None = None
     ) -> Float[Array, "B T D"]:

@@ -80,12 +80,15 @@ class Mixer(nnx.Module):
       reads: names that must be in `ctx.shared`, from the nearest publisher below.
       adds: False for a mixer that only publishes: its output is None, nothing joins the stream.
       align: documents of a packed row must start at multiples of this many tokens.
+      reach: tokens before its own on which what it gives for a token depends, apart from what it
+        reads of others; None: all.
     """
 
     publishes: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     adds: bool = True
     align: int = 1
+    reach: int | None = None
 
     def __call__(self, x: Float[Array, "B T D"], ctx: Context) -> Float[Array, "B T D"]:
         """The parallel form over whole rows."""

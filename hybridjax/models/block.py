@@ -79,6 +79,12 @@ class Block(nnx.Module):
     def align(self) -> int:
         return max((m.align for m in self.mixers), default=1)
 
+    @property
+    def reach(self) -> int | None:
+        """Tokens before its own on which a token depends; None: all."""
+        reaches = [m.reach for m in self.mixers]
+        return None if None in reaches else sum(reaches)
+
     def __call__(
         self, h: Float[Array, "B T D"], ctx: Context, data: Any = None
     ) -> tuple[Float[Array, "B T D"], Context]:

@@ -141,16 +141,56 @@ class Decoder(nnx.Module):
         `segments`: 1 for tokens, 0 for padding at the right; None: all are tokens.
         Returns what `logits` reads, and the new state.
         """
+        h, state = self._consume(tokens, state, segments, logit_base, len(self.layers))
+        return self.norm(h), state
+
+    def remember(
+        self,
+        tokens: Int[Array, "B T"],
+        state: DecoderState,
+        segments: Int[Array, "B T"] | None = None,
+        logit_base: Float[Array, ""] | None = None,
+    ) -> DecoderState:
+        """Consumes tokens of which at least `tail` follow before any output is wanted.
+
+        Only the layers that must read every token run. What the others keep is wrong until `tail`
+        more tokens have been extended; then all is as if these had been extended too.
+        """
+        return self._consume(tokens, state, segments, logit_base, self.memory_depth)[1]
+
+    @property
+    def memory_depth(self) -> int:
+        """How many letters, from the bottom, must read every token of a prefix: those up to the
+        last layer that looks back without bound, such as a chunk encoder at mid-depth."""
+        unbounded = [i for i, reach in enumerate(self._reaches()) if reach is None]
+        return unbounded[-1] + 1 if unbounded else 0
+
+    @property
+    def tail(self) -> int:
+        """How many tokens before its own an output depends on through the letters above."""
+        return sum(self._reaches()[self.memory_depth :])
+
+    def _reaches(self) -> list[int | None]:
+        """Per letter how far back it looks; None: without bound."""
+        groups = zip(self.plan, self.groups, strict=True)
+        return [reach for g, blocks in groups for reach in [b.reach for b in blocks] * g.repeats]
+
+    def _consume(self, tokens, state: DecoderState, segments, logit_base, depth: int):
+        """Runs the first `depth` letters; the others only count the tokens."""
         positions = state.length[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         segments = jnp.ones_like(tokens) if segments is None else segments
         positions, segments = (place(x, "batch", "length") for x in (positions, segments))
         ctx = Context(positions, segments, logit_base)
         h, layers = self.embedding(tokens, jnp.dtype(self.dtype)), []
         # Not a fold: a scan would copy every cache out of its stack and back for each token.
-        for block, states in zip(self._letters(), state.layers, strict=True):
-            h, states, ctx = block.extend(h, states, ctx)
+        for index, block in enumerate(self._letters()):
+            states = state.layers[index]
+            if index < depth:
+                h, states, ctx = block.extend(h, states, ctx)
+            else:
+                states = tuple(_counted(s, ctx) for s in states)
             layers.append(states)
-        return self.norm(h), dataclasses.replace(
+        return h, dataclasses.replace(
             state, layers=tuple(layers), length=new_length(state.length, ctx)
         )
 
@@ -231,6 +271,11 @@ class Decoder(nnx.Module):
             )
             for g in self.plan
         )
+
+
+def _counted(state: Any, ctx: Context) -> Any:
+    """A mixer's state that has seen nothing of the tokens, and knows that they were there."""
+    return dataclasses.replace(state, length=new_length(state.length, ctx))
 
 
 def _at(tree: Any, index: Any) -> Any:

@@ -1,3 +1,4 @@
+import random
 import re
 import sys
 import zlib
@@ -113,6 +114,19 @@ def test_more_needles_extend_fewer():
     few, many = (needle_batch(haystack, 0, n, 100).tokens for n in (2, 5))
     np.testing.assert_array_equal(few, many[:2])
     assert not np.array_equal(few, needle_batch(haystack, 1, 2, 100).tokens)
+
+
+def test_every_fact_is_asked_of_one_text(form):
+    haystack = Haystack(BYTES, "heldout", text="no #a11; or ?a12; is a fact. " * 40, **form)
+    tokens, questions, starts = haystack.questioned(random.Random(2), 400, 5)
+    text = BYTES.decode(tokens)
+    stated = {m[1]: m for m in pattern("#", **form).finditer(text)}
+    assert len(text) == 400 and len(stated) == text.count("#") == 5 and "?" not in text
+    asked = [pattern("?", **form).fullmatch(BYTES.decode(q)) for q in questions]
+    assert [(stated[q[1]][2], stated[q[1]].start()) for q in asked] == [
+        (q[2], start) for q, start in zip(asked, starts, strict=True)
+    ]
+    assert len({q[1] for q in asked}) == 5
 
 
 def test_exact_match_needs_every_digit():

@@ -13,11 +13,27 @@ import pytest
 
 from hybridjax import mixers
 from hybridjax.config import MeshConfig, build
+from hybridjax.mixers import mixer as spec_of
 from hybridjax.mixers.base import Context
+from hybridjax.models import block
 from hybridjax.sharding import make_mesh, place, place_parameters
 
 WIDTH = 32
 HEADS = dict(heads=4, head_dim=16)
+
+
+
+def hsa(memory, retrieval, reading=None):
+    """A chunk encoder, a block that retrieves and reads, and one that reads the same chunks."""
+    shape = dict(kv_heads=2, landmark_dim=8) | memory
+    encoder = dict(chunk_size=4, head_dim=16, encoder_heads=2, hidden=32) | shape
+    groups = shape.get("groups") or shape["kv_heads"]
+    choose = spec_of("retrieval", groups=groups, landmark_dim=8, **retrieval)
+    read = spec_of("hsa", **HEADS, **(reading or {}))
+    blocks = block(spec_of("chunk_encoder", **encoder)), block(choose, read), block(read)
+    return "stack:Stack", dict(blocks=blocks)
+
+
 TABLE = {
     "attention": ("attention", HEADS),
     "attention-rope-grouped": ("attention", HEADS | dict(kv_heads=2, rope=True)),
@@ -38,8 +54,20 @@ TABLE = {
         "gated_deltanet",
         dict(heads=2, head_dim=16, value_heads=4, value_dim=8, convolution=3),
     ),
+    "hsa": hsa(dict(landmark="mean", encoder_layers=0), dict(top_k=2)),
+    "hsa-cls": hsa(dict(landmark_norm=True), dict(top_k=2, norm=True)),
+    "hsa-joint": hsa(
+        dict(kv_heads=1, landmark="mean", encoder_layers=0),
+        dict(top_k=3, weights="joint", every=2, window=8),
+        dict(off_by_one=True, qk_norm=False),
+    ),
+    "hsa-stick": hsa(
+        dict(groups=1, encoder_layers=2, key_norm=False),
+        dict(top_k=2, weights="stick", recency_bias=True),
+    ),
 }
-SLOW = ("attention-plain", "lightning-plain")
+SLOW = ("attention-plain", "lightning-plain", "hsa-cls", "hsa-joint", "hsa-stick")
+BUILT = {}  # mixers that earlier tests have built
 TOLERANCE = 2e-5  # of f32 outputs, relative to their size where that is above one
 
 
@@ -62,9 +90,12 @@ def _parse(text):
 
 @pytest.fixture
 def mixer(request):
-    type, options = request.param
-    spec = mixers.mixer(type, **options)
-    return build(spec, mixers.MIXERS, WIDTH, jax.random.key(1))
+    if (name := repr(request.param)) not in BUILT:
+        type, options = request.param
+        spec = mixers.mixer(type, **options)
+        new = jax.jit(lambda key: build(spec, mixers.MIXERS, WIDTH, key))
+        BUILT[name] = new(jax.random.key(1))
+    return BUILT[name]
 
 
 def stream(rng, batch, length):
@@ -228,7 +259,8 @@ def test_5_sharded_is_unsharded(mixer, rng, mesh):
 
 
 def test_6_bf16_is_near_f32(mixer, rng):
-    x = stream(rng, 2, 40)
+    # With chunks no more than are chosen: rounding may turn a choice, and that is not near.
+    x = stream(rng, 2, 40 if mixer.align == 1 else 3 * mixer.align)
     exact = parallel(mixer, x, rows(x))
     y = parallel(mixer, x.astype(jnp.bfloat16), rows(x))
     assert y.dtype == jnp.bfloat16

@@ -1,0 +1,213 @@
+"""Hierarchical sparse attention: trained on short rows, read on millions of tokens.
+
+Paper: Understanding and Improving Length Generalization in Hierarchical Sparse Attention Models
+(arXiv 2510.17196); code: RamstorageAI/long-context-modeling. Lower layers of sliding-window
+attention, a chunk encoder at mid-depth, upper layers that retrieve chunks from its memory.
+
+    python -m hybridjax.train --config=configs/hsa.py                   # tiny
+    python -m hybridjax.train --config=configs/hsa.py:tiny,mean_pool
+
+`tiny` trains on bytes that ship with the package: at 256 tokens, 600 steps. With seed 0 it then
+answered, of 40 questions each, .975 at 256 and 4096 tokens and 1.0 at 65,536 (four facts). `mini`
+has the paper's chunks, window and row on the same bytes, and was not trained yet. `240m` and `345m`
+have a vocabulary that needs a tokenizer: `--config.data.tokenizer=PATH` and a corpus in
+`--config.data.sources`. Known of the paper's 240M: window 512, chunks of 64, top-8, rows of 4096,
+8 B tokens; inferred: depth, width, heads and vocabulary, from the count of parameters; the encoder,
+from the authors' code; the optimizer, from that of RAMba (arXiv 2504.16795). `345m` is the
+like-for-like suite of HiLS (arXiv 2607.02980): 16 layers, 16 heads over 2, FFN 4096, top-32 at rows
+of 8192; the places of its HSA layers, the encoder and tying are inferred.
+
+Variants undo one choice each: `swa_only`, `mean_pool`, `no_encoder`, `no_bypass`, `stick`,
+`joint`, `dense_topk`, `once_per_chunk`, `noise`, `recency_bias`, `off_by_one`, `mask_window`.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import hypenet
+from hybridjax.config import choose
+from hybridjax.data.sources import source
+from hybridjax.models import block, mixer, mlp
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    return choose(arg, PRESETS, VARIANTS)
+
+
+def legend(
+    *, heads: int, head_dim: int, kv_heads: int, hidden: int, window: int, chunk_size: int,
+    landmark_dim: int, top_k: int, encoder_layers: int, encoder_heads: int, encoder_hidden: int,
+    norms: bool = False,
+) -> dict[str, ConfigDict]:  # fmt: skip
+    """S: sliding window; E: chunk encoder; H: retrieves and reads; h: reads what H has chosen.
+
+    `norms`: of landmarks and of the queries that look for them.
+    """
+    local = mixer(
+        "attention", heads=heads, head_dim=head_dim, kv_heads=kv_heads, window=window,
+        rope=True, gate=norms,
+    )  # fmt: skip
+    encoder = mixer(
+        "chunk_encoder", chunk_size=chunk_size, kv_heads=kv_heads, head_dim=head_dim,
+        landmark_dim=landmark_dim, encoder_layers=encoder_layers, encoder_heads=encoder_heads,
+        hidden=encoder_hidden, landmark_norm=norms,
+    )  # fmt: skip
+    retrieval = mixer(
+        "retrieval", groups=kv_heads, landmark_dim=landmark_dim, top_k=top_k, norm=norms
+    )
+    read = mixer("hsa", heads=heads, head_dim=head_dim)
+    ffn = mlp("swiglu", hidden=hidden)
+    return dict(
+        S=block(local, mlp=ffn),
+        E=block(encoder),
+        H=block(local, retrieval, read, mlp=ffn, residual="bypass"),
+        h=block(local, read, mlp=ffn, residual="bypass"),
+    )
+
+
+# ---------------------------------------------------------------- minutes on a laptop
+
+
+def tiny() -> ConfigDict:
+    config = hypenet.tiny()
+    config.update(name="hsa", steps=600, seq_len=256)
+    config.model.layers = "SSEH"
+    config.model.blocks = legend(
+        heads=2, head_dim=32, kv_heads=1, hidden=128, window=32, chunk_size=16, landmark_dim=32,
+        top_k=4, encoder_layers=1, encoder_heads=2, encoder_hidden=128, norms=True,
+    )  # fmt: skip
+    config.data.sources.facts.facts = 8
+    config.checkpoint.every = config.evaluation.every = 600
+    config.evaluation.update(lengths=(1, 16, 256), facts=(4,), logit_bases=(), examples=64)
+    return config
+
+
+def mini() -> ConfigDict:
+    """The paper's window, chunks and row; its width and depth are our choice."""
+    config = tiny()
+    config.model.layers = "SSSSEHSSS"
+    config.model.width = 256
+    config.model.blocks = legend(
+        heads=4, head_dim=64, kv_heads=1, hidden=768, window=512, chunk_size=64, landmark_dim=64,
+        top_k=8, encoder_layers=1, encoder_heads=4, encoder_hidden=640, norms=True,
+    )  # fmt: skip
+    config.data.sources.text = source("embedded", weight=4.0)
+    config.update(steps=4000, seq_len=4096)
+    config.optimizer.learning_rate = 0.005
+    config.evaluation.lengths = (1, 4, 16, 64)
+    return config
+
+
+# ---------------------------------------------------------------- the papers' sizes
+
+
+def _sized(layers: str, width: int, vocab: int, **shape) -> ConfigDict:
+    return ConfigDict(
+        dict(
+            name="hsa",
+            model=dict(
+                layers=layers,
+                blocks=legend(**shape),
+                width=width,
+                vocab=vocab,
+                tied=True,
+                dtype="bfloat16",
+                remat="names",
+            ),
+            data=dict(tokenizer="", sources=dict(text=source("parquet", path="corpus/*.parquet"))),
+        )
+    )
+
+
+def paper_240m() -> ConfigDict:
+    """8 B tokens: 61,440 steps of 32 rows. Given: window, chunk, top-8, row, steps and batch."""
+    config = _sized(
+        "SSSSSSSSEHSSSHSSS", 1024, 50280, heads=16, head_dim=64, kv_heads=1, hidden=2560,
+        window=512, chunk_size=64, landmark_dim=1024, top_k=8, encoder_layers=2, encoder_heads=16,
+        encoder_hidden=2688,
+    )  # fmt: skip
+    config.optimizer = ConfigDict(
+        dict(learning_rate=2e-3, final_learning_rate=4e-4, warmup_steps=1229, weight_decay=1e-3)
+    )
+    config.update(steps=61_440, batch_size=32, seq_len=4096)
+    return config
+
+
+def hils_345m() -> ConfigDict:
+    """31.5 B tokens: 30,000 steps of 128 rows, 5 % of them synthetic retrieval."""
+    config = _sized(
+        "SSSSSSSSEHSSSHSSS", 1024, 100278, heads=16, head_dim=64, kv_heads=2, hidden=4096,
+        window=512, chunk_size=64, landmark_dim=64, top_k=32, encoder_layers=1, encoder_heads=16,
+        encoder_hidden=2688,
+    )  # fmt: skip
+    config.optimizer = ConfigDict(
+        dict(learning_rate=3e-4, final_learning_rate=3e-5, warmup_steps=210, weight_decay=0.01)
+    )
+    config.data.sources.text.weight = 0.95
+    config.data.sources.facts = source("retrieval", weight=0.05)
+    config.update(steps=30_000, batch_size=128, seq_len=8192)
+    return config
+
+
+PRESETS = {"tiny": tiny, "mini": mini, "240m": paper_240m, "345m": hils_345m}
+
+
+# ---------------------------------------------------------------- one choice undone
+
+
+def _parts(config: ConfigDict, type: str) -> list[ConfigDict]:
+    """The specs of one type of mixer in the legend."""
+    blocks = config.model.blocks.values()
+    return [m for b in blocks for m in b.mixers if m.type == type]
+
+
+def _set(type: str, **options):
+    def change(config: ConfigDict) -> None:
+        for part in _parts(config, type):
+            part.update(options)
+
+    return change
+
+
+def _swa_only(config: ConfigDict) -> None:
+    """As many layers, none of which reads further than its window."""
+    config.model.layers = "".join("S" for letter in config.model.layers if letter != "E")
+    config.model.blocks = dict(S=config.model.blocks.S)
+
+
+def _no_encoder(config: ConfigDict) -> None:
+    _set("chunk_encoder", landmark="mean", encoder_layers=0)(config)
+
+
+def _no_bypass(config: ConfigDict) -> None:
+    for letter in "Hh":
+        config.model.blocks[letter].residual = "standard"
+
+
+def _dense_topk(config: ConfigDict) -> None:
+    """Every chunk of a training row can be read: sparsity is not enforced."""
+    chunk = _parts(config, "chunk_encoder")[0].chunk_size
+    _set("retrieval", top_k=config.seq_len // chunk)(config)
+
+
+def _once_per_chunk(config: ConfigDict) -> None:
+    _set("retrieval", every=_parts(config, "chunk_encoder")[0].chunk_size)(config)
+
+
+def _mask_window(config: ConfigDict) -> None:
+    _set("retrieval", window=config.model.blocks.S.mixers[0].window)(config)
+
+
+VARIANTS = {
+    "swa_only": _swa_only,
+    "mean_pool": _set("chunk_encoder", landmark="mean"),
+    "no_encoder": _no_encoder,
+    "no_bypass": _no_bypass,
+    "stick": _set("retrieval", weights="stick"),
+    "joint": _set("retrieval", weights="joint"),
+    "dense_topk": _dense_topk,
+    "once_per_chunk": _once_per_chunk,
+    "noise": _set("retrieval", noise=True),
+    "recency_bias": _set("retrieval", recency_bias=True),
+    "off_by_one": _set("hsa", off_by_one=True),
+    "mask_window": _mask_window,
+}

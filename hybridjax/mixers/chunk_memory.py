@@ -1,0 +1,113 @@
+"""The memory of a row's past chunks: what a chunk encoder publishes, and what decoding keeps."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from hybridjax.mixers.base import Context, new_length, place_state, state, state_field
+from hybridjax.sharding import over_mesh, place
+
+_LANDMARKS = ("batch", None, "heads", None)
+_CHUNKS = ("batch", None, None, "heads", None)
+_PENDING = ("batch", None, None)
+Encode = Callable[[Array], tuple[Array, Array, Array]]  # chunks -> landmarks, keys, values
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ChunkMemory:
+    """Landmarks, keys and values of N chunks of C tokens; token t of the row sees chunk n of its
+    own document once that is whole, which is where t >= (n + 1) C."""
+
+    landmarks: Float[Array, "B N G R"]
+    keys: Float[Array, "B N*C G K"]
+    values: Float[Array, "B N*C G V"]
+    segments: Int[Array, "B N"]  # the document of each chunk; 0: there is none
+    start: Int[Array, " B"]  # tokens of the row before the queries
+    chunk_size: int = dataclasses.field(metadata={"static": True})
+
+
+@state
+class ChunkState:
+    """`B (C D + N (G R + C G (K + V)))` elements, N = max_length / C, at the publisher alone."""
+
+    pending: Float[Array, "B C D"] = state_field(*_PENDING)  # the unfinished chunk, then zeros
+    landmarks: Float[Array, "B N G R"] = state_field(*_LANDMARKS)
+    keys: Float[Array, "B N C G K"] = state_field(*_CHUNKS)
+    values: Float[Array, "B N C G V"] = state_field(*_CHUNKS)
+    length: Int[Array, " B"] = state_field("batch")
+
+    @classmethod
+    def empty(
+        cls, batch: int, count: int, size: int, width: int, groups: int, landmark_dim: int,
+        kv_heads: int, head_dim: int, dtype: jnp.dtype,
+    ) -> "ChunkState":  # fmt: skip
+        zeros = lambda *shape: jnp.zeros((batch, *shape), dtype)
+        heads = zeros(count, size, kv_heads, head_dim)
+        landmarks, length = zeros(count, groups, landmark_dim), jnp.zeros(batch, jnp.int32)
+        return place_state(cls(zeros(size, width), landmarks, heads, heads, length))
+
+    def append(self, x: Float[Array, "B T D"], ctx: Context, encode: Encode) -> "ChunkState":
+        """Takes the real tokens of x in, and encodes the chunks that they complete."""
+        size, length = self.pending.shape[1], new_length(self.length, ctx)
+        first, end = self.length // size, length // size
+        line = self._line(jnp.where(ctx.segments[..., None] > 0, x, 0))
+        count = line.shape[1] // size - 1  # more cannot become whole
+        chunks = line[:, : count * size]
+        shapes = jax.eval_shape(encode, chunks)
+        blank = lambda _: tuple(place(jnp.zeros(s.shape, s.dtype), *_axes(s)) for s in shapes)
+        new = jax.lax.cond(jnp.any(end > first), encode, blank, chunks)
+        index = first[:, None] + jnp.arange(count)
+        index = jnp.where(index < end[:, None], index, self.landmarks.shape[1])  # out of range
+        kept = (self.landmarks, self.keys, self.values)
+        caches = (_write(c, n, index) for c, n in zip(kept, new, strict=True))
+        newest = jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, size))
+        newest = over_mesh(newest, (_PENDING, ("batch",)), (_PENDING, self.pending.shape))
+        return ChunkState(newest(line, (end - first) * size), *caches, length)
+
+    def rewound(self, before: "ChunkState") -> "ChunkState":
+        """The earlier state again, in these buffers: chunks beyond its length are not seen."""
+        return dataclasses.replace(self, pending=before.pending, length=before.length)
+
+    def memory(self, start: Int[Array, " B"]) -> ChunkMemory:
+        """What queries from token `start` on read."""
+        count, size = self.keys.shape[1:3]
+        flat = lambda x: x.reshape(x.shape[0], count * size, *x.shape[3:])
+        segments = jnp.arange(count) < self.length[:, None] // size
+        return ChunkMemory(
+            self.landmarks, flat(self.keys), flat(self.values), segments.astype(jnp.int32),
+            start, size,
+        )  # fmt: skip
+
+    def _line(self, x: Float[Array, "B T D"]) -> Float[Array, "B M*C D"]:
+        """The pending tokens and x behind them, then zeros, to one chunk more than they fill."""
+        size = self.pending.shape[1]
+        chunks = -(-x.shape[1] // size) + 1
+
+        def join(pending, x, filled):
+            line = jnp.pad(pending, ((0, 0), (0, (chunks - 1) * size), (0, 0)))
+            put = lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, 0)
+            return jax.vmap(put)(line, x.astype(line.dtype), filled)
+
+        shape = (x.shape[0], chunks * size, x.shape[2])
+        join = over_mesh(join, (_PENDING, _PENDING, ("batch",)), (_PENDING, shape))
+        return join(self.pending, x, self.length % size)
+
+
+def _axes(x: Array | jax.ShapeDtypeStruct) -> tuple[str | None, ...]:
+    return _LANDMARKS if x.ndim == 4 else _CHUNKS
+
+
+def _write(cache: Array, new: Array, index: Int[Array, "B M"]) -> Array:
+    """The cache with the new chunks in their slots, those out of range left out."""
+    axes = _axes(cache)
+
+    def write(cache, new, index):
+        rows = jnp.arange(cache.shape[0])[:, None]
+        return cache.at[rows, index].set(new.astype(cache.dtype), mode="drop")
+
+    write = over_mesh(write, (axes, axes, ("batch", None)), (axes, cache.shape))
+    return write(cache, new, index)

@@ -1,0 +1,112 @@
+"""Reading only what later tokens depend on leaves the same state behind, for less work."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from hybridjax import generate
+from hybridjax.config import ModelConfig, typed
+from hybridjax.evals import needle
+from hybridjax.evals.questions import ask
+from hybridjax.mixers.base import Context
+from hybridjax.models import block, mixer, mlp
+from hybridjax.models.decoder import Decoder
+
+VOCAB, PIECE = 23, 4
+HEADS = dict(heads=2, head_dim=8)
+WINDOW = mixer("attention", window=5, rope=True, **HEADS)
+FFN = mlp("swiglu", hidden=16)
+MEMORY = dict(chunk_size=4, kv_heads=1, head_dim=8, landmark_dim=8, encoder_heads=2, hidden=16)
+RETRIEVAL = mixer("retrieval", groups=1, landmark_dim=8, top_k=2, every=2)
+READ = mixer("hsa", **HEADS)
+LEGEND = dict(
+    S=block(WINDOW, mlp=FFN),
+    E=block(mixer("chunk_encoder", **MEMORY)),
+    H=block(WINDOW, RETRIEVAL, READ, mlp=FFN, residual="bypass"),
+    h=block(READ, mlp=FFN),
+    A=block(mixer("attention", **HEADS), mlp=FFN),
+)
+
+
+@functools.cache
+def decoder(layers):
+    config = dict(layers=layers, blocks=LEGEND, width=16, vocab=VOCAB, embedding_std=0.5)
+    config = typed(ConfigDict(config), ModelConfig)
+    return jax.jit(lambda: Decoder(config, jax.random.key(7)))()
+
+
+DEPTHS = {  # letters that read every token, and the reach of those above
+    "SEHhS": (2, 4 + 1 + 0 + 4),
+    "SS": (0, 8),
+    "SAS": (2, 4),
+    "SEHA": (4, 0),
+}
+
+
+@pytest.mark.parametrize("layers", DEPTHS)
+def test_what_must_read_every_token(layers):
+    model = decoder(layers)
+    assert (model.memory_depth, model.tail) == DEPTHS[layers]
+
+
+@jax.jit
+def parallel(model, tokens):
+    return model(tokens)
+
+
+@pytest.mark.parametrize(
+    ("layers", "lengths", "piece", "least"),
+    [
+        ("SEHhS", [43, 22, 3], 4, 4),
+        ("SEHhS", [43, 43, 43], 32, 1),
+        ("SS", [43, 22, 3], 4, 4),
+        ("SAS", [43, 22, 3], 4, 4),
+    ],
+)
+def test_a_prefix_read_for_its_end_alone_goes_on_as_if_read_whole(
+    rng, layers, lengths, piece, least, monkeypatch
+):
+    """The tail of the longest row spans three borders of chunks, and of a piece."""
+    model, more = decoder(layers), 5
+    tokens = rng.integers(1, VOCAB, (3, 43 + more))
+    skipped = []
+    remember = generate.remember_piece
+    monkeypatch.setattr(generate, "remember_piece", lambda *a: skipped.append(1) or remember(*a))
+    rows = [row[:length] for row, length in zip(tokens, lengths)]
+    state = generate.new_state(model, 3, 48)
+    state, logits = generate.prefill(model, rows, state, piece=piece)
+    assert len(skipped) >= least
+    assert state.length.tolist() == lengths
+    following = np.stack([row[n : n + more] for row, n in zip(tokens, lengths)])
+    h, state = jax.jit(lambda m, t, s: m.extend(t, s))(model, jnp.asarray(following), state)
+    after, expected = jax.jit(lambda m, h: m.logits(h))(model, h), parallel(model, tokens)
+    for i, n in enumerate(lengths):
+        np.testing.assert_allclose(logits[i], expected[i, n - 1], atol=2e-5)
+        np.testing.assert_allclose(after[i], expected[i, n : n + more], atol=2e-5)
+
+
+def test_needles_are_judged_in_pieces_as_in_whole_rows(rng, monkeypatch):
+    model, tokens = decoder("SEHhS"), rng.integers(1, VOCAB, (2, 43))
+    monkeypatch.setattr(needle, "PIECE", PIECE)
+    whole = needle._predict(model, tokens, Context.of_rows(tokens), 9)
+    pieces = needle._predict_in_pieces(model, tokens, jnp.float32(1e30), 9)
+    np.testing.assert_array_equal(pieces, whole)
+
+
+def test_many_questions_of_one_prefix(rng):
+    """Questions that complete chunks leave no trace for those after them."""
+    model, prefix = decoder("SEHhS"), rng.integers(1, VOCAB, 22)
+    questions = jnp.asarray(rng.integers(1, VOCAB, (3, 7)))
+    state = generate.new_state(model, 1, 32)
+    state, _ = generate.prefill(model, [prefix], state, piece=PIECE)
+    rows = np.concatenate([np.tile(prefix, (3, 1)), questions], axis=1)
+    expected = jnp.argmax(parallel(model, rows), axis=-1)[:, 22:]
+    state, first = ask(model, state, questions)
+    np.testing.assert_array_equal(first, expected)
+    state, again = ask(model, state, questions[::-1])
+    np.testing.assert_array_equal(again, expected[::-1])
+    assert state.length.tolist() == [22]
