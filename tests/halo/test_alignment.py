@@ -124,7 +124,8 @@ def test_gradients_on_a_mesh_are_those_of_one_device(rng):
             teacher = jax.jit(place_parameters)(teacher_of(halo))
             mixers, there = mixers_of(halo, teacher), put_batch(batch)
             weight = jnp.sum(there["loss_weights"])
-            return jax.device_get(jax.jit(alignment_gradients)(mixers, there, weight, None, teacher))
+            gradients = jax.jit(alignment_gradients)(mixers, there, weight, None, teacher)
+            return jax.device_get(gradients)
 
     one = gradients_on(make_mesh(MeshConfig(), jax.devices()[:1]))
     many = gradients_on(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
