@@ -36,24 +36,26 @@ def get_config(arg: str | None = None) -> ConfigDict:
 def legend(
     *, heads: int, head_dim: int, kv_heads: int, hidden: int, window: int, chunk_size: int,
     landmark_dim: int, top_k: int, encoder_layers: int, encoder_heads: int, encoder_hidden: int,
-    norms: bool = False,
+    norms: bool = False, noise: bool = False, recency_bias: bool = False,
 ) -> dict[str, ConfigDict]:  # fmt: skip
     """S: sliding window; E: chunk encoder; H: retrieves and reads; h: reads what H has chosen.
 
-    `norms`: of landmarks and of the queries that look for them.
+    `kv_heads` are those of the sliding window; the memory has one, for all query heads. `norms`: of
+    landmarks and of the queries that look for them.
     """
     local = mixer(
         "attention", heads=heads, head_dim=head_dim, kv_heads=kv_heads, window=window,
         rope=True, gate=norms,
     )  # fmt: skip
     encoder = mixer(
-        "chunk_encoder", chunk_size=chunk_size, kv_heads=kv_heads, head_dim=head_dim,
+        "chunk_encoder", chunk_size=chunk_size, kv_heads=1, head_dim=head_dim,
         landmark_dim=landmark_dim, encoder_layers=encoder_layers, encoder_heads=encoder_heads,
         hidden=encoder_hidden, landmark_norm=norms,
     )  # fmt: skip
     retrieval = mixer(
-        "retrieval", groups=kv_heads, landmark_dim=landmark_dim, top_k=top_k, norm=norms
-    )
+        "retrieval", groups=1, landmark_dim=landmark_dim, top_k=top_k, norm=norms, noise=noise,
+        recency_bias=recency_bias,
+    )  # fmt: skip
     read = mixer("hsa", heads=heads, head_dim=head_dim)
     ffn = mlp("swiglu", hidden=hidden)
     return dict(
@@ -101,20 +103,9 @@ def mini() -> ConfigDict:
 
 
 def _sized(layers: str, width: int, vocab: int, **shape) -> ConfigDict:
-    return ConfigDict(
-        dict(
-            name="hsa",
-            model=dict(
-                layers=layers,
-                blocks=legend(**shape),
-                width=width,
-                vocab=vocab,
-                tied=True,
-                dtype="bfloat16",
-                remat="names",
-            ),
-            data=dict(tokenizer="", sources=dict(text=source("parquet", path="corpus/*.parquet"))),
-        )
+    blocks = legend(**shape)
+    return hypenet.pretraining(
+        "hsa", layers=layers, blocks=blocks, width=width, vocab=vocab, tied=True
     )
 
 
@@ -136,8 +127,8 @@ def hils_345m() -> ConfigDict:
     """31.5 B tokens: 30,000 steps of 128 rows, 5 % of them synthetic retrieval."""
     config = _sized(
         "SSSSSSSSEHSSSHSSS", 1024, 100278, heads=16, head_dim=64, kv_heads=2, hidden=4096,
-        window=512, chunk_size=64, landmark_dim=64, top_k=32, encoder_layers=1, encoder_heads=16,
-        encoder_hidden=2688,
+        window=512, chunk_size=64, landmark_dim=1024, top_k=32, encoder_layers=1, encoder_heads=16,
+        encoder_hidden=2688, noise=True, recency_bias=True,
     )  # fmt: skip
     config.optimizer = ConfigDict(
         dict(learning_rate=3e-4, final_learning_rate=3e-5, warmup_steps=210, weight_decay=0.01)
