@@ -43,3 +43,10 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture
 def rng(request):
     return np.random.default_rng(zlib.crc32(request.node.name.encode()))
+
+
+@pytest.fixture(autouse=True)
+def no_mesh():
+    """Opening a run sets its mesh: the next test starts without."""
+    with jax.set_mesh(None):
+        yield

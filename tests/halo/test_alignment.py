@@ -16,6 +16,7 @@ from hybridjax.halo.alignment import (
     clip_by_layer_norm,
     layer_norms,
 )
+from hybridjax.halo.config import run_config
 from hybridjax.mixers.base import Context
 from hybridjax.optimizer import make_optimizer
 from hybridjax.sharding import make_mesh, place_parameters
@@ -39,7 +40,8 @@ def align(halo, batches, accumulate=1):
     mixers = mixers_of(halo, teacher)
     optimizer = alignment_optimizer(halo.align, DEPTH, mixers)
     state = first_state(mixers, optimizer)
-    config = dataclasses.replace(halo.align, accumulate=accumulate)
+    config = run_config(halo, "align", halo.model)
+    config = dataclasses.replace(config, accumulate=accumulate)
     step, errors = make_train_step(optimizer, config, alignment_gradients), []
     for batch in batches:
         state, scalars = step(state, batch, teacher)

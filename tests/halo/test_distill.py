@@ -52,6 +52,7 @@ def test_a_conversion_leaves_a_run_and_a_picture(converted):
     assert student.config.model.layers == layers and student.step == STEPS
 
 
+@pytest.mark.slow
 def test_a_stopped_conversion_resumes_bit_for_bit(tmp_path, converted):
     """In the middle of the alignment, then of the distillation."""
     for stage in ("teacher", "transfer"):

@@ -10,6 +10,7 @@ from conversions import batch_of, conversion, mixers_of, teacher_of
 
 from hybridjax import loss
 from hybridjax.config import MeshConfig
+from hybridjax.halo.config import run_config
 from hybridjax.halo.distillation import distillation_sums, kl_divergence
 from hybridjax.halo.transfer import student
 from hybridjax.optimizer import make_optimizer
@@ -109,7 +110,8 @@ def test_a_step_on_a_mesh_is_the_step_on_one_device(rng):
             optimizer = make_optimizer(halo.distill.optimizer, 5, model)
             state = jax.jit(lambda model: first_state(model, optimizer))(model)
             gradients = gradients_of(distillation_sums)
-            step = make_train_step(optimizer, halo.distill, gradients)
+            config = run_config(halo, "distill", halo.model)
+            step = make_train_step(optimizer, config, gradients)
             state, scalars = step(state, put_batch(batch), teacher)
             return jax.device_get((state.model, scalars))
 
@@ -139,7 +141,7 @@ def test_the_student_learns_from_a_step(rng):
     teacher = teacher_of(halo)
     model = student(halo, halo.model, "LA", teacher, mixers_of(halo, teacher))
     model = jax.tree.map(jnp.copy, model)  # a step donates it, and not the teacher's part of it
-    config = dataclasses.replace(halo.distill, accumulate=2)
+    config = dataclasses.replace(run_config(halo, "distill", halo.model), accumulate=2)
     optimizer = make_optimizer(config.optimizer, 5, model)
     step = make_train_step(optimizer, config, gradients_of(distillation_sums))
     state, losses = first_state(model, optimizer), []

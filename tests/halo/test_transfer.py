@@ -19,6 +19,7 @@ def tokens_of(rng):
     return jnp.asarray(rng.integers(256, size=(2, 12)), jnp.int32)
 
 
+@pytest.mark.slow
 def test_a_choice_of_attention_everywhere_is_the_teacher(rng):
     halo, tokens = conversion(), tokens_of(rng)
     teacher = teacher_of(halo)
@@ -28,7 +29,13 @@ def test_a_choice_of_attention_everywhere_is_the_teacher(rng):
     assert np.abs(other - same).max() > 0.01
 
 
-@pytest.mark.parametrize("gate", (False, True), ids=("no gate", "gates that preserve"))
+@pytest.mark.parametrize(
+    "gate",
+    [
+        pytest.param(False, id="no gate", marks=pytest.mark.slow),
+        pytest.param(True, id="gates that preserve"),
+    ],
+)
 def test_a_student_that_keeps_all_attention_is_the_teacher(rng, gate):
     halo = conversion(attention=dict(rope=True, gate=gate))
     teacher, tokens = teacher_of(halo), tokens_of(rng)
@@ -36,6 +43,7 @@ def test_a_student_that_keeps_all_attention_is_the_teacher(rng, gate):
     np.testing.assert_array_equal(model(tokens), teacher(tokens))
 
 
+@pytest.mark.slow
 def test_each_layer_gets_its_own_weights():
     """In an irregular stack, whose groups are not the teacher's."""
     halo = conversion("TTTT")
@@ -55,7 +63,9 @@ def test_each_layer_gets_its_own_weights():
         assert not mixer.output.gate.kernel[...].any()
 
 
-@pytest.mark.parametrize("linear", ("lightning", "gated_deltanet"))
+@pytest.mark.parametrize(
+    "linear", ["lightning", pytest.param("gated_deltanet", marks=pytest.mark.slow)]
+)
 def test_key_value_heads_are_repeated_interleaved(linear):
     halo = conversion(linear=linear)
     teacher = teacher_of(halo)
@@ -68,6 +78,7 @@ def test_key_value_heads_are_repeated_interleaved(linear):
             np.testing.assert_array_equal(new[:, :, head], old[:, :, head // 2])
 
 
+@pytest.mark.slow
 def test_fresh_gates_are_the_constructors():
     halo = dataclasses.replace(conversion(), gates="fresh")
     teacher = teacher_of(halo)

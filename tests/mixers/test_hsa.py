@@ -156,7 +156,13 @@ def moved(mixers, rng):
     return jax.tree.map(noise, jax.device_get(mixers))
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(o, id=name, marks=() if name in ("softmax", "stick") else pytest.mark.slow)
+        for name, o in OPTIONS.items()
+    ],
+)
 def test_output_and_gradient_are_the_oracles(rng, options):
     mixers = moved(jax.jit(lambda: layer(**options))(), rng)
     x, cotangent = rng.normal(size=(2, 22, WIDTH))
