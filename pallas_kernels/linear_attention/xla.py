@@ -43,56 +43,49 @@ def linear_attention(q, k, v, decay, *, scale, initial_state, segments, output_f
     C = min(T, chunk_size or max(32, min(V, 128)))
     spans = -(-T // (_SPAN * C))
     N = -(-T // (spans * C)) * spans  # spans are as even as possible
-    q, k, v = (_padded(x, N * C) for x in (q, k, v))
     if segments is not None:
-        segments = in_chunks(_padded(segments, N * C)[..., None], C)
+        segments = _chunks(segments[..., None], N, C)
     if decay.ndim == 1:
         intra, weights = _constant_decay(decay.astype(dtype), T, N, C, segments)
     else:
-        decay = in_chunks(_padded(decay.astype(dtype), N * C), C)
-        intra, weights = None, _token_decay(decay, segments)
+        intra, weights = None, _token_decay(_chunks(decay.astype(dtype), N, C), segments)
 
-    attend = functools.partial(_attend, scale, dtype, intra)
+    q, k, v = (_chunks(x, N, C) for x in (q, k, v))
     state = None
     if T > C or initial_state is not None or output_final_state:
-        state = jnp.zeros_like(k[:, 0, :, :, None] * v[:, 0, :, None], dtype)
+        state = jnp.zeros_like(k[:, :, 0, 0, :, None] * v[:, :, 0, 0, None], dtype)
         if initial_state is not None:
             state += initial_state
+    attend = functools.partial(_attend, scale, dtype, intra)
     if spans == 1:
         state, o = attend(state, (q, k, v, weights))
     else:
-        rows = [_in_spans(x, 1, spans) for x in (q, k, v)]
-        weights = jax.tree.map(lambda x: _in_spans(x, 2, spans), weights)
+        split = lambda x: jnp.moveaxis(x.reshape(*x.shape[:2], spans, -1, *x.shape[3:]), 2, 0)
         step = jax.checkpoint(attend, prevent_cse=False)
-        state, o = jax.lax.scan(step, state, (*rows, weights))
-        o = jnp.moveaxis(o, 0, 1).reshape(v.shape)
+        state, o = jax.lax.scan(step, state, jax.tree.map(split, (q, k, v, weights)))
+        o = jnp.moveaxis(o, 0, 2)
+    o = jnp.moveaxis(o.reshape(*o.shape[:2], -1, V), 1, 2)
     return o[:, :T], state
 
 
-def _padded(x, T):
-    return jnp.pad(x, [(0, 0), (0, T - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
-
-
-def _in_spans(x, axis, spans):
-    x = x.reshape(*x.shape[:axis], spans, -1, *x.shape[axis + 1 :])
-    return jnp.moveaxis(x, axis, 0)
+def _chunks(x, N, C):
+    """[B, T, H, ...] -> [B, H, N, C, ...]; T padded with zeros."""
+    return in_chunks(jnp.pad(x, [(0, 0), (0, N * C - x.shape[1])] + [(0, 0)] * (x.ndim - 2)), C)
 
 
 def _attend(scale, dtype, intra, state, span):
-    """The state after a span and its outputs; without a state, those of a single chunk."""
+    """The state after a span and its outputs; without a state, those of a row's only chunk."""
     q, k, v, weights = span
-    C = weights.read.shape[-2]
     if intra is None:
         intra = _between(*weights.sums)
     if weights.segments is not None:
         intra = jnp.where(_same_document(weights.segments), intra, 0)
-    qc, kc, vc = (in_chunks(x.astype(dtype), C) for x in (q, k, v))
-    o = (qc @ kc.mT * (scale * intra)) @ vc
+    q, k, values = (x.astype(dtype) for x in (q, k, v))
+    o = (q @ k.mT * (scale * intra)) @ values
     if state is not None:
-        update = (kc * weights.write).mT @ vc
+        update = (k * weights.write).mT @ values
         state, incoming = _pass_states(state, update, weights.keep)
-        o += (qc * (scale * weights.read)) @ incoming
-    o = jnp.moveaxis(o.reshape(*o.shape[:2], -1, v.shape[-1]), 1, 2)
+        o += (q * (scale * weights.read)) @ incoming
     return state, o.astype(v.dtype)
 
 
