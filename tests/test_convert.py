@@ -167,6 +167,7 @@ def tiny_directory(path):
     return path
 
 
+@pytest.mark.slow
 def test_training_starts_from_a_directory_or_an_import_of_it(tmp_path):
     directory = tiny_directory(tmp_path / "theirs")
     imported = f"--workdir={tmp_path / 'imported'}"
