@@ -379,6 +379,7 @@ FILES = [p.stem for p in sorted(pathlib.Path("configs").glob("[!_]*.py"))]
 PRESETS = [
     (file, preset)
     for file in FILES
+    if file != "halo"  # of another command
     for preset in getattr(importlib.import_module(f"configs.{file}"), "PRESETS", ())
 ]
 LARGE = {
