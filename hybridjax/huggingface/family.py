@@ -90,6 +90,11 @@ def decoder(settings: Settings, layers: str, blocks: Mapping[str, Any]) -> Model
     )
 
 
+def one_kind(settings: Settings, layer: Any) -> ModelConfig:
+    """A decoder all of whose layers are this block."""
+    return decoder(settings, "A" * settings["num_hidden_layers"], {"A": layer})
+
+
 def attention(settings: Settings, **options: Any):
     """The spec of a layer's attention; `options` are added, or take precedence."""
     heads = settings["num_attention_heads"]
@@ -134,6 +139,12 @@ def decoder_settings(model: ModelConfig) -> dict[str, Any]:
         rms_norm_eps=model.norm_eps,
         tie_word_embeddings=model.tied,
     )
+
+
+def one_kind_settings(model: ModelConfig, **own: Any) -> dict[str, Any]:
+    """Of a decoder all of whose layers are alike; `own` is what the family adds."""
+    [spec] = model.blocks[model.layers[0]].mixers
+    return decoder_settings(model) | attention_settings(spec) | own
 
 
 def attention_settings(spec: Mapping[str, Any]) -> dict[str, Any]:

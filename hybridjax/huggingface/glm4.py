@@ -14,9 +14,8 @@ from hybridjax.huggingface.family import (
     Rows,
     Settings,
     attention,
-    attention_settings,
-    decoder,
-    decoder_settings,
+    one_kind,
+    one_kind_settings,
     swiglu,
 )
 from hybridjax.models import block
@@ -41,16 +40,16 @@ def to_model(settings: Settings) -> ModelConfig:
         qk_norm=False,
     )
     layer = block(attention(settings, **own), mlp=swiglu(settings), norms="sandwich")
-    return decoder(settings, "A" * settings["num_hidden_layers"], {"A": layer})
+    return one_kind(settings, layer)
 
 
 def to_settings(model: ModelConfig, logit_base: float | None) -> dict[str, Any]:
     [spec] = model.blocks[model.layers[0]].mixers
-    own = dict(
+    return one_kind_settings(
+        model,
         partial_rotary_factor=(spec.get("rope_dim") or spec["head_dim"]) / spec["head_dim"],
         attention_bias=spec.get("qkv_bias", False),
     )
-    return decoder_settings(model) | attention_settings(spec) | own
 
 
 GLM4 = Family(

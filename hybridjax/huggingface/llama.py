@@ -10,10 +10,9 @@ from hybridjax.huggingface.family import (
     Family,
     Settings,
     attention,
-    attention_settings,
     check,
-    decoder,
-    decoder_settings,
+    one_kind,
+    one_kind_settings,
     swiglu,
 )
 from hybridjax.models import block
@@ -21,14 +20,11 @@ from hybridjax.models import block
 
 def to_model(settings: Settings) -> ModelConfig:
     check(settings, attention_bias=False)
-    layer = block(attention(settings, qk_norm=False), mlp=swiglu(settings))
-    return decoder(settings, "A" * settings["num_hidden_layers"], {"A": layer})
+    return one_kind(settings, block(attention(settings, qk_norm=False), mlp=swiglu(settings)))
 
 
 def to_settings(model: ModelConfig, logit_base: float | None) -> dict[str, Any]:
-    [spec] = model.blocks[model.layers[0]].mixers
-    rest = dict(attention_bias=False, mlp_bias=False)
-    return decoder_settings(model) | attention_settings(spec) | rest
+    return one_kind_settings(model, attention_bias=False, mlp_bias=False)
 
 
 LLAMA = Family(

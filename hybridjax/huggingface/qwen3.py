@@ -11,10 +11,9 @@ from hybridjax.huggingface.family import (
     Family,
     Settings,
     attention,
-    attention_settings,
     check,
-    decoder,
-    decoder_settings,
+    one_kind,
+    one_kind_settings,
     swiglu,
 )
 from hybridjax.models import block
@@ -22,13 +21,11 @@ from hybridjax.models import block
 
 def to_model(settings: Settings) -> ModelConfig:
     check(settings, attention_bias=False, use_sliding_window=False)
-    layer = block(attention(settings), mlp=swiglu(settings))
-    return decoder(settings, "A" * settings["num_hidden_layers"], {"A": layer})
+    return one_kind(settings, block(attention(settings), mlp=swiglu(settings)))
 
 
 def to_settings(model: ModelConfig, logit_base: float | None) -> dict[str, Any]:
-    [spec] = model.blocks[model.layers[0]].mixers
-    return decoder_settings(model) | attention_settings(spec) | dict(attention_bias=False)
+    return one_kind_settings(model, attention_bias=False)
 
 
 QWEN3 = Family(
