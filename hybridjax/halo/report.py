@@ -14,7 +14,6 @@ from hybridjax.files import read_json
 from hybridjax.halo import stages
 from hybridjax.halo.config import HaloConfig
 from hybridjax.metrics import read_metrics
-from hybridjax.train import source_of
 from hybridjax.workdir import open_run
 
 RESULTS = "halo.json"
@@ -22,9 +21,8 @@ RESULTS = "halo.json"
 
 def report(halo: HaloConfig, workdir: pathlib.Path) -> dict[str, Any]:
     """Measures teacher and student at the teacher's lengths; writes numbers and a picture."""
-    source, step = source_of(halo.teacher or str(workdir / "teacher"))
     runs = {
-        "teacher": (source, step),
+        "teacher": stages.teacher_source(halo, workdir),
         "distilled": (workdir / "distill", None),
         "finetuned": (workdir / "finetune", None),
     }

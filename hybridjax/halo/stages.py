@@ -190,9 +190,14 @@ def run(stages: list[str], halo: HaloConfig, workdir: pathlib.Path) -> bool:
 # ---------------------------------------------------------------- what earlier stages have left
 
 
+def teacher_source(halo: HaloConfig, workdir: pathlib.Path) -> tuple[str, int | None]:
+    """The teacher's work directory, and its step where one is named."""
+    return train.source_of(halo.teacher or str(workdir / "teacher"))
+
+
 def load_teacher(halo: HaloConfig, workdir: pathlib.Path) -> Teacher:
     """The teacher as it was trained, on the mesh that is set."""
-    source, step = train.source_of(halo.teacher or str(workdir / "teacher"))
+    source, step = teacher_source(halo, workdir)
     config = typed(load_config(source))
     check_teacher(halo, config.model)
     model, _, _ = restore_model(source, _abstract(lambda: train.new_model(config)), step)
