@@ -58,11 +58,8 @@ def report(workdir: str | os.PathLike) -> dict[str, Any]:
 def measure(run: Run) -> dict[str, Any]:
     """All that `evaluation.json` holds."""
     config, ev = run.config, run.config.evaluation
-    lengths = tuple(
-        times * config.seq_len
-        for times in ev.lengths
-        if all(heldout.fits(run.tokenizer, s, times * config.seq_len) for s in (ev.split, "tune"))
-    )
+    longest = min(heldout.longest_row(run.tokenizer, split) for split in (ev.split, "tune"))
+    lengths = tuple(t * config.seq_len for t in ev.lengths if t * config.seq_len <= longest)
     base, bits = heldout.choose_logit_base(
         run.model, run.tokenizer, lengths[-2:], ev.heldout_tokens, ev.logit_bases
     )
@@ -81,13 +78,11 @@ def measure(run: Run) -> dict[str, Any]:
     cells = [
         cell
         for facts in ev.facts
-        for times in ev.lengths
-        if fits(haystack, times * config.seq_len, facts)
-        for cell in needle.needle(
+        for cell in needle.by_length(
             run.model,
             haystack,
             train_length=config.seq_len,
-            times=times,
+            times=ev.lengths,
             facts=facts,
             examples=ev.examples,
             logit_bases=bases if facts == ev.facts[0] else (base,),
@@ -117,18 +112,18 @@ def during_training(model: Decoder, tokenizer: Tokenizer, config: Config) -> dic
     text = heldout.bits_per_byte(model, tokenizer, rows)
     results = {"heldout_bits_per_byte": text.bits_per_byte}
     haystack = Haystack(tokenizer, ev.split, **ev.task)
-    fitting = [t for t in ev.lengths if ev.facts and fits(haystack, t * length, ev.facts[0])]
-    for times in fitting[::3][:2]:
-        [cell] = needle.needle(
+    for facts in ev.facts[:1]:
+        fitting = needle.fitting(haystack, length, ev.lengths, facts)
+        for cell in needle.by_length(
             model,
             haystack,
             train_length=length,
-            times=times,
-            facts=ev.facts[0],
+            times=fitting[::3][:2],
+            facts=facts,
             examples=100,
             logit_bases=(None,),
-        )
-        results[f"needle_{times}x"] = cell.exact
+        ):
+            results[f"needle_{cell.times}x"] = cell.exact
     return results
 
 
@@ -165,15 +160,6 @@ def table(results: dict[str, Any]) -> str:
             f"{show(c['exact'])} {show(c['deep'])} {show(c['near'])}"
         )
     return "\n".join(lines)
-
-
-def fits(haystack: Haystack, length: int, facts: int) -> bool:
-    """Whether a text of this length has room for so many facts."""
-    try:
-        haystack.check(length + 1, facts)
-    except UserError:
-        return False
-    return True
 
 
 if __name__ == "__main__":

@@ -123,6 +123,14 @@ class Haystack:
         if facts > (keys := len(self._letters) ** self._key_length):
             raise UserError(f"{facts} facts need as many keys, not {keys}: raise key_length")
 
+    def fits(self, length: int, facts: int) -> bool:
+        """Whether `check` has nothing to say."""
+        try:
+            self.check(length, facts)
+        except UserError:
+            return False
+        return True
+
     def _window(self, rng: random.Random, length: int) -> array:
         start = rng.randrange(len(self._text))
         window = self._text[start : start + length]

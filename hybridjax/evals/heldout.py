@@ -32,15 +32,19 @@ class Heldout:
 
 def rows_of_text(tokenizer: Tokenizer, split: str, length: int, tokens: int) -> np.ndarray:
     """About `tokens` tokens of a split as rows `[n, length + 1]`, each read as one document."""
-    ids = np.concatenate([tokenizer.encode(text + "\n") for text in documents(split)])
+    ids = _tokens(tokenizer, split)
     count = max(1, min(tokens, len(ids) - 1) // length)
     starts = np.linspace(0, len(ids) - length - 1, count).astype(int)
     return np.stack([ids[s : s + length + 1] for s in starts])
 
 
-def fits(tokenizer: Tokenizer, split: str, length: int) -> bool:
-    """Whether the split has a row of so many tokens."""
-    return sum(len(tokenizer.encode(text + "\n")) for text in documents(split)) > length
+def longest_row(tokenizer: Tokenizer, split: str) -> int:
+    """The largest length of a row that the split has the text for."""
+    return len(_tokens(tokenizer, split)) - 1
+
+
+def _tokens(tokenizer: Tokenizer, split: str) -> np.ndarray:
+    return np.concatenate([tokenizer.encode(text + "\n") for text in documents(split)])
 
 
 def bits_per_byte(

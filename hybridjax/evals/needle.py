@@ -6,6 +6,7 @@ likeliest.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,37 @@ class Cell:
     examples: int
     by_depth: tuple[float, ...]  # from the start of the row to the question
     chance: float
+
+
+def by_length(
+    model: Decoder,
+    haystack: Haystack,
+    *,
+    train_length: int,
+    times: Sequence[int],
+    facts: int,
+    examples: int,
+    logit_bases: tuple[float | None, ...],
+) -> list[Cell]:
+    """The cells of every multiple of the training length that has room for the facts."""
+    return [
+        cell
+        for t in fitting(haystack, train_length, times, facts)
+        for cell in needle(
+            model,
+            haystack,
+            train_length=train_length,
+            times=t,
+            facts=facts,
+            examples=examples,
+            logit_bases=logit_bases,
+        )
+    ]
+
+
+def fitting(haystack: Haystack, train_length: int, times: Sequence[int], facts: int) -> list[int]:
+    """The multiples of the training length at which a text has room for so many facts."""
+    return [t for t in times if haystack.fits(t * train_length + 1, facts)]
 
 
 def needle(

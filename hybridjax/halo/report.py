@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 
-from hybridjax import evaluate
 from hybridjax.data.retrieval import Haystack
 from hybridjax.evals import heldout, needle, plots
 from hybridjax.files import read_json
@@ -53,20 +52,15 @@ def measure(halo: HaloConfig, run, length: int) -> dict[str, Any]:
     """Needle exact match by length, and bits per byte of held-out text at the ends."""
     ev = halo.evaluation
     haystack = Haystack(run.tokenizer, ev.split, **ev.task)
-    cells = [
-        cell
-        for times in ev.lengths
-        if evaluate.fits(haystack, times * length, ev.facts[0])
-        for cell in needle.needle(
-            run.model,
-            haystack,
-            train_length=length,
-            times=times,
-            facts=ev.facts[0],
-            examples=ev.examples,
-            logit_bases=(None,),
-        )
-    ]
+    cells = needle.by_length(
+        run.model,
+        haystack,
+        train_length=length,
+        times=ev.lengths,
+        facts=ev.facts[0],
+        examples=ev.examples,
+        logit_bases=(None,),
+    )
     bits = {
         str(times): heldout.bits_per_byte(
             run.model,
