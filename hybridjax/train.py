@@ -59,11 +59,11 @@ def train(config: Config, workdir: pathlib.Path) -> bool:
     initial = jax.jit(lambda: new_state(config, optimizer))
 
     def start() -> TrainState:
-        """A pretrained model, or from scratch."""
-        state = initial()
-        if config.init_from:
-            state = dataclasses.replace(state, model=pretrained(config, state.model))
-        return state
+        """From scratch, or a pretrained model: never both in memory."""
+        if not config.init_from:
+            return initial()
+        model = pretrained(config, initial.eval_shape().model)
+        return jax.jit(lambda model: first_state(model, optimizer), donate_argnums=0)(model)
 
     return fit(
         config,

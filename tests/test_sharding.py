@@ -391,16 +391,20 @@ LARGE = {
 }
 
 
+LARGEST = ("9b", "345m", "qwen3-next-shape")  # of each file
+
+
 @pytest.mark.parametrize(
-    "mesh",
+    "file, preset, mesh",
     [
         pytest.param(
-            mesh, id=name, marks=() if "context" in mesh and len(mesh) == 3 else pytest.mark.slow
+            file, preset, mesh, id=f"{file}:{preset}-{name}",
+            marks=() if preset in LARGEST and "fsdp, tensor, context" == name else pytest.mark.slow,
         )
+        for file, preset in PRESETS
         for name, mesh in LARGE.items()
     ],
-)
-@pytest.mark.parametrize("file, preset", PRESETS, ids=[":".join(p) for p in PRESETS])
+)  # fmt: skip
 def test_every_preset_type_checks_on_256_devices(file, preset, mesh):
     module = importlib.import_module(f"configs.{file}")
     config = typed(module.get_config(f"{preset},batch_size=256"))
