@@ -33,6 +33,14 @@ CASES = {
     "linear_attention-64": dict(op="linear_attention", B=4, T=4096, H=16, K=64, V=64),
     "linear_attention-64-128-packed": dict(
         op="linear_attention", B=4, T=4000, H=16, K=64, V=128, decay="token", packed=True),
+    "gated_delta_rule-qwen3-next-80b": dict(
+        op="gated_delta_rule", T=32768, heads=16, value_heads=32, K=128, V=128),
+    "gated_delta_rule-qwen3-next-80b-packed": dict(
+        op="gated_delta_rule", T=32768, heads=16, value_heads=32, K=128, V=128, packed=True),
+    "gated_delta_rule-jet-nemotron-2b-packed": dict(
+        op="gated_delta_rule", T=8192, heads=12, value_heads=12, K=96, V=256, packed=True),
+    "gated_delta_rule-64-packed": dict(
+        op="gated_delta_rule", B=4, T=4000, heads=16, value_heads=16, K=64, V=64, packed=True),
 }
 RESULTS = pathlib.Path(__file__).parents[1] / "docs/results/static_kernels_gpu"
 PLUGINS = "jax_cuda12_plugin", "jax_cuda13_plugin"
@@ -172,7 +180,29 @@ def linear_attention(B=1, *, T, H, K, V, decay="heads", packed=False):
     return function, (arrays, array((B, T), jnp.int32) if packed else None, cotangents)
 
 
-OPS = dict(linear_attention=linear_attention)
+def gated_delta_rule(B=1, *, T, heads, value_heads, K, V, packed=False):
+    """The same of the gated delta rule."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.gated_delta_rule import gated_delta_rule
+    from pallas_kernels.gated_delta_rule.shapes import Shape
+
+    arrays = Shape(heads, value_heads, K, V).arrays(B, T)
+    arrays["initial_state"] = jax.ShapeDtypeStruct((B, value_heads, K, V), jnp.float32)
+    cotangents = arrays["v"], arrays["initial_state"]
+
+    def function(arrays, segments, cotangents):
+        op = functools.partial(
+            gated_delta_rule, segments=segments, output_final_state=True, implementation="gpu")
+        out, vjp = jax.vjp(lambda arrays: op(**arrays), arrays)
+        return out, vjp(cotangents)
+
+    segments = jax.ShapeDtypeStruct((B, T), jnp.int32) if packed else None
+    return function, (arrays, segments, cotangents)
+
+
+OPS = dict(linear_attention=linear_attention, gated_delta_rule=gated_delta_rule)
 
 
 def measure(case: str) -> dict[str, dict]:

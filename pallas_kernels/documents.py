@@ -33,3 +33,10 @@ def cut_at_borders(segments, before, after, read, write, keep):
     read = jnp.where(real & (segments == before), read, 0)
     write = jnp.where(real & (segments == after), write, 0)
     return read, write, jnp.where(before == after, keep, 0)
+
+
+def to_compare(segments: Int[Array, "*B C"]) -> Int[Array, "*B 2 C"]:
+    """The documents of tokens i and of tokens j, equal where it is one; padding equals none."""
+    none = jnp.iinfo(jnp.int32).min
+    sides = [jnp.where(segments != 0, segments, none + n) for n in range(2)]
+    return jnp.stack(sides, axis=-2).astype(jnp.int32)

@@ -16,8 +16,8 @@ from pallas_kernels.arguments import check_arrays
 from pallas_kernels.dispatch import Dispatch
 from pallas_kernels.gated_delta_rule.context import split_gated_delta_rule
 
-_dispatch = Dispatch("gated_delta_rule", __name__, names=("reference", "xla", "tpu"),
-                     best={"tpu": ("tpu", "xla")})
+_dispatch = Dispatch("gated_delta_rule", __name__, names=("reference", "xla", "tpu", "gpu"),
+                     best={"tpu": ("tpu", "xla"), "gpu": ("gpu", "xla")})
 _L2_EPS = 1e-6  # inside the square root of a sum, not of a mean
 
 

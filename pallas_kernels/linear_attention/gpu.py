@@ -39,7 +39,6 @@ times the traffic of a forward for 264 / (B H V / 64) times the blocks.
 """
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -47,9 +46,11 @@ from jax import lax
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import target_platform
+from pallas_kernels import hopper
+from pallas_kernels.documents import to_compare
+from pallas_kernels.hopper import COLUMNS, C
 from pallas_kernels.linear_attention.chunks import in_chunks, within_documents
-from pallas_kernels.linear_attention.gpu_kernel import COLUMNS, C, Weights, chunk_pass
+from pallas_kernels.linear_attention.gpu_kernel import Weights, chunk_pass
 
 BLOCKS = 264  # fill an H100 or H200: two on each of 132 SMs
 
@@ -57,7 +58,7 @@ BLOCKS = 264  # fill an H100 or H200: two on each of 132 SMs
 def linear_attention(q, k, v, decay, *, scale, initial_state, segments, output_final_state,
                      chunk_size):
     del output_final_state  # it is at hand in any case
-    _refuse_target()
+    hopper.refuse_target()
     _refuse_arguments(q, k, v, chunk_size)
     B, T, H, _ = q.shape
     K, V = q.shape[-1], v.shape[-1]
@@ -74,18 +75,6 @@ def linear_attention(q, k, v, decay, *, scale, initial_state, segments, output_f
                     [(0, 0), (0, 0), (0, -K % COLUMNS), (0, -V % COLUMNS)])
     o, state = _attend(scale, pad(q), pad(k), pad(v), in_chunks(decay, C), state, segments)
     return o[:, :T, :, :V], state[..., :K, :V]
-
-
-def _refuse_target():
-    if target_platform() != "gpu":
-        raise NotImplementedError(f"serves GPU only, the target is {target_platform()}")
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None:
-        device = jax.config.jax_default_device or jax.devices()[0]
-        device = jax.devices(device)[0] if isinstance(device, str) else device
-    if not re.search(r"\bG?H(100|200|800|20)\b", device.device_kind):
-        raise NotImplementedError(
-            f"serves Hopper only (compute capability 9.0), the target is {device.device_kind}")
 
 
 def _refuse_arguments(q, k, v, chunk_size):
@@ -163,9 +152,7 @@ def _weights(decay, segments: Int[Array, "B 1 N C"] | None, scale) -> Weights:
     documents = None
     if segments is not None:
         read, write, keep = within_documents(segments, read, write, keep)
-        none = jnp.iinfo(segments.dtype).min
-        documents = [jnp.where(segments != 0, segments, none + n)[:, 0] for n in range(2)]
-        documents = jnp.stack(documents, axis=-2).astype(jnp.int32)
+        documents = to_compare(segments[:, 0])
     return Weights(jnp.stack([total, read, write], axis=-2), documents, keep[..., 0], scale)
 
 

@@ -11,7 +11,6 @@ chunk ahead. Two blocks fit in an SM and hide each other's waits (one of dq and 
 """
 
 import functools
-import inspect
 from typing import NamedTuple
 
 import jax
@@ -21,12 +20,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-C = 64  # tokens per chunk
-COLUMNS = 64  # of x per thread block: a swizzle of 128 bytes
+from pallas_kernels import hopper
+from pallas_kernels.hopper import COLUMNS, LAYOUT, C, across, down, load_f32, tile
+
 STAGES = 2  # chunks on their way or at work
-TRANSFORMS = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
-LAYOUT = plgpu.Layout.WGMMA
-ROWS, COLS = LAYOUT.reduce(1), LAYOUT.reduce(0)
 
 
 class Weights(NamedTuple):
@@ -91,8 +88,7 @@ def chunk_pass(
         out_type=out,
         scratch_types=(_shared_memory(given, out, K),),
         grid=(X // COLUMNS, B * H, S), grid_names=("column", "head", "split"),
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=hopper.COMPILER_PARAMS,
         kernel_name=f"linear_attention_{name}",
     )(given)
     for name, axes in dict(dots=3, meets=(3, 4)).items():
@@ -102,17 +98,16 @@ def chunk_pass(
 
 
 def _shared_memory(given, out, K):
-    tiled = lambda *shape: plgpu.SMEM(shape, jnp.bfloat16, transforms=TRANSFORMS)
     tiles = dict(a=(C, K), b=(C, K), x=(C, COLUMNS), dot=(C, COLUMNS), meet=(K, COLUMNS))
-    arriving = {name: tiled(STAGES, *tile) for name, tile in tiles.items() if name in given}
+    arriving = {name: tile(STAGES, *shape) for name, shape in tiles.items() if name in given}
     arriving["tokens"] = plgpu.SMEM((STAGES, 3, C), jnp.float32)
     if "documents" in given:
         arriving["documents"] = plgpu.SMEM((STAGES, 2, C), jnp.int32)
     leaving = {name: plgpu.SMEM(out[name].shape[4:], jnp.float32)
                for name in ("dots", "meets") if name in out}
     return arriving | leaving | dict(
-        staged=tiled(C, COLUMNS),  # the weighted x, then y
-        bf16_state=tiled(K, COLUMNS),
+        staged=tile(C, COLUMNS),  # the weighted x, then y
+        bf16_state=tile(K, COLUMNS),
         arrived=plgpu.Barrier(num_arrivals=len(arriving), num_barriers=STAGES))
 
 
@@ -132,8 +127,8 @@ def _walk(given, out, smem, *, scale, reverse):
     def fetch(step):
         chunk, stage = chunk_at(step), lax.rem(step, STAGES)
         for name in arriving:
-            tile = _tile(name, given[name], b, h, chunk, columns)
-            plgpu.copy_gmem_to_smem(tile, smem[name].at[stage], smem["arrived"].at[stage])
+            part = _part(name, given[name], b, h, chunk, columns)
+            plgpu.copy_gmem_to_smem(part, smem[name].at[stage], smem["arrived"].at[stage])
 
     def walk(step, state):
         chunk, stage = chunk_at(step), lax.rem(step, STAGES)
@@ -143,13 +138,14 @@ def _walk(given, out, smem, *, scale, reverse):
         keep = given["keep"][b, h, chunk]
         if "y" in out:
             smem["bf16_state"][...] = state.astype(jnp.bfloat16)
-        smem["staged"][...] = (_tile_of_x(here) * _rows(here, "tokens", 2)).astype(jnp.bfloat16)
+        weighted = load_f32(here["x"]) * across(here["tokens"].at[2])
+        smem["staged"][...] = weighted.astype(jnp.bfloat16)
         plgpu.commit_smem()
         if "meets" in out:
-            smem["meets"][...] = (state * _load(here["meet"], LAYOUT).astype(jnp.float32)).sum(1)
+            smem["meets"][...] = (state * load_f32(here["meet"])).sum(1)
         if "y" in out:
             y = _outputs(here, smem, scale, reverse)
-        state = mma_add(state * keep, here["b"].transpose((1, 0)), smem["staged"])
+        state = hopper.mma_add(state * keep, (here["b"].transpose((1, 0)), smem["staged"]))
         if "y" in out:
             smem["staged"][...] = y.astype(jnp.bfloat16)
             plgpu.commit_smem()
@@ -167,14 +163,14 @@ def _walk(given, out, smem, *, scale, reverse):
     for step in range(STAGES):
         pl.when(step < count)(functools.partial(fetch, jnp.int32(step)))
     if "state" in given:
-        state = _load(given["state"].at[b, h, split, :, columns], LAYOUT, optimized=False)
+        state = hopper.load(given["state"].at[b, h, split, :, columns], optimized=False)
     else:
         state = plgpu.layout_cast(jnp.zeros((K, COLUMNS), jnp.float32), LAYOUT)
     out["state"][b, h, split, :, columns] = lax.fori_loop(0, count, walk, state)
     plgpu.wait_smem_to_gmem(0)
 
 
-def _tile(name, ref, b, h, chunk, columns):
+def _part(name, ref, b, h, chunk, columns):
     tokens = pl.ds(chunk * C, C)
     match name:
         case "a" | "b":
@@ -191,64 +187,32 @@ def _tile(name, ref, b, h, chunk, columns):
 
 def _outputs(here, smem, scale, reverse):
     """y of a chunk, f32 [C, COLUMNS]. The order of its parts is what keeps registers free."""
-    y = mma(here["a"], smem["bf16_state"], (C, COLUMNS)) * _rows(here, "tokens", 1)
+    y = hopper.mma((C, COLUMNS), (here["a"], smem["bf16_state"])) * across(here["tokens"].at[1])
     _dot(y, here, smem, 0)
     pairs, own = _pairs(here, scale, reverse, apart="dot" in here)
-    y = mma_add(y, pairs, here["x"])
+    y = hopper.mma_add(y, (pairs, here["x"]))
     _dot(y, here, smem, 1)
     if own is not None:
-        y += lax.broadcast_in_dim(own, y.shape, [0]) * _tile_of_x(here)
+        y += lax.broadcast_in_dim(own, y.shape, [0]) * load_f32(here["x"])
     return y
 
 
 def _dot(y, here, smem, part):
     if "dot" in here:
-        smem["dots"][part] = (y * _load(here["dot"], LAYOUT).astype(jnp.float32)).sum(1)
+        smem["dots"][part] = (y * load_f32(here["dot"])).sum(1)
 
 
 def _pairs(here, scale, reverse, apart):
     """The weights of x_j in y_i, bf16 [C, C]; if apart, the diagonal is 0 there and given [C]."""
-    pairs = scale * mma(here["a"], here["b"].transpose((1, 0)), (C, C))
-    i = plgpu.broadcasted_iota(jnp.int32, (C, C), 0, layout=LAYOUT)
-    j = plgpu.broadcasted_iota(jnp.int32, (C, C), 1, layout=LAYOUT)
-    decay = _rows(here, "tokens", 0) - _cols(here, "tokens", 0)
+    pairs = scale * hopper.mma((C, C), (here["a"], here["b"].transpose((1, 0))))
+    i, j = hopper.indices()
+    decay = across(here["tokens"].at[0]) - down(here["tokens"].at[0])
     seen, decay = (i <= j, -decay) if reverse else (i >= j, decay)
     if "documents" in here:
-        seen &= _rows(here, "documents", 0) == _cols(here, "documents", 1)
+        seen &= across(here["documents"].at[0]) == down(here["documents"].at[1])
     own = None
     if apart:
         own = jnp.where(seen & (i == j), pairs, 0).sum(1)
         seen &= i != j
     pairs *= jnp.exp(jnp.where(seen, decay, 0))
     return jnp.where(seen, pairs, 0).astype(jnp.bfloat16), own
-
-
-def mma(a, b, shape):
-    def product(accumulator):
-        plgpu.wgmma(accumulator, a, b)
-        return accumulator[...]
-
-    return pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
-
-
-def mma_add(x, a, b):
-    """`x + a b` in x's registers; a may be in registers too. The interpreter knows neither."""
-    return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, a, b))(plgpu.ACC.init(x))
-
-
-def _tile_of_x(here):
-    return _load(here["x"], LAYOUT).astype(jnp.float32)
-
-
-def _rows(here, name, row):
-    return lax.broadcast_in_dim(_load(here[name].at[row], ROWS), (C, C), [0])
-
-
-def _cols(here, name, row):
-    return lax.broadcast_in_dim(_load(here[name].at[row], COLS), (C, C), [1])
-
-
-def _load(ref, layout, **options):
-    # Until jax 0.11 the index was an argument of its own.
-    index = [()] if "idx" in inspect.signature(plgpu.load).parameters else []
-    return plgpu.load(ref, *index, layout=layout, **options)

@@ -4,8 +4,10 @@ import pytest
 
 from benchmarks import static_kernels_gpu
 
-DEFAULT = "linear_attention-hypenet-9b-1m", "linear_attention-gla-packed"
-KERNELS = dict(linear_attention={"o", "dq", "dk", "dv"})
+DEFAULT = ("linear_attention-hypenet-9b-1m", "linear_attention-gla-packed",
+           "gated_delta_rule-qwen3-next-80b-packed")
+KERNELS = dict(linear_attention={"o", "dq", "dk", "dv"},
+               gated_delta_rule={"solve", "forward", "states", "dstates", "gradients"})
 
 
 @pytest.mark.skipif(static_kernels_gpu.missing() is not None,

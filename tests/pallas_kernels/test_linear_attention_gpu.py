@@ -8,17 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
+pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 
-from jax.experimental import pallas as pl  # noqa: E402
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh  # noqa: E402
+import hopper_interpreter  # noqa: E402
 
-from pallas_kernels.linear_attention import gpu, gpu_kernel, linear_attention  # noqa: E402
+from pallas_kernels.linear_attention import gpu, linear_attention  # noqa: E402
 from pallas_kernels.linear_attention.decay import alibi_slopes  # noqa: E402
 
 interprets = pytest.mark.skipif(
-    not hasattr(plgpu, "force_gpu_interpret_mode"),
+    not hopper_interpreter.interprets(),
     reason=f"jax {jax.__version__} has no interpret mode for Mosaic GPU")
 
 LIMITS = {"o": 0.005, "state": 0.005, "dq": 0.008, "dk": 0.008, "dv": 0.008,
@@ -106,29 +106,14 @@ def check(rng, case):
     return errors
 
 
-def mma_add(x, a, b):
-    """gpu_kernel.mma_add as the interpreter can run it: a in shared memory, sums from zero."""
-    if not isinstance(a, jax.Array):
-        return x + gpu_kernel.mma(a, b, x.shape)
-
-    def product(staged):
-        staged[...] = a
-        plgpu.commit_smem()
-        return x + gpu_kernel.mma(staged, b, x.shape)
-
-    return pl.run_scoped(product, plgpu.SMEM(a.shape, a.dtype, transforms=gpu_kernel.TRANSFORMS))
-
-
 @interprets
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=() if case in DEFAULT else pytest.mark.slow)
              for case in CASES])
 def test_gpu_is_the_reference_in_interpret_mode(case, rng, monkeypatch):
-    monkeypatch.setattr(gpu, "_refuse_target", lambda: None)
-    monkeypatch.setattr(gpu_kernel, "mma_add", mma_add)
     if splits := CASES[case].get("splits"):
         monkeypatch.setattr(gpu, "_splits", lambda blocks, N: splits)
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+    with hopper_interpreter.interpreted(monkeypatch):
         check(rng, case)
 
 
