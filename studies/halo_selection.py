@@ -9,8 +9,8 @@ in turn stays attention, is distilled and finetuned, and is measured, whatever t
 is as good as the best one. All linear, the choice of no layer, stands beside.
 
 Each cell is a conversion in `runs/halo_selection/`, which shares the stages before the selection
-with its seed and goes on where it was interrupted. Its numbers are kept in
-`docs/results/halo_selection/`, and a cell that is there is not run again. The figure and its
+with its seed and with `studies/halo.py`, and goes on where it was interrupted. Its numbers are kept
+in `docs/results/halo_selection/`, and a cell that is there is not run again. The figure and its
 numbers go to `docs/results/halo_selection.{png,json}`.
 """
 
@@ -27,6 +27,7 @@ DEPTH = 4  # of the tiny teacher
 STACKS = ["".join("LA"[i == kept] for i in range(DEPTH)) for kept in range(DEPTH)] + ["L" * DEPTH]
 TIMES = 8  # the length, in teacher's lengths, at which layers are compared
 ROOT = pathlib.Path("runs/halo_selection")
+CONVERSIONS = pathlib.Path("runs/halo")  # of studies/halo.py, which goes on there
 RESULTS = pathlib.Path("docs/results")
 CELLS = RESULTS / "halo_selection"
 
@@ -75,7 +76,7 @@ def command(name: str, seed: int, workdir: pathlib.Path, *settings: str) -> None
 
 
 def shared(seed: int) -> pathlib.Path:
-    return ROOT / f"seed-{seed}"
+    return CONVERSIONS / f"default-{seed}"
 
 
 def keep(path: pathlib.Path, file: pathlib.Path) -> None:

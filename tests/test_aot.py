@@ -553,3 +553,34 @@ def test_what_does_not_fit_is_refused_with_advice():
     assert done.code == 1, done
     assert "DOES NOT FIT" in done.out and "largest buffers of a device:" in done.out
     assert "saves about" in done.out and "--rows=32" in done.out
+
+
+HALO = "--config=tests/halo/micro_halo.py:micro"
+STAGE_FAULTS = {
+    "no stage": ([HALO], "is a conversion: give --program=align|distill|finetune"),
+    "no conversion": ([CONFIG, "--program=align"], "is a stage of a conversion: give configs/halo"),
+    "a sweep": (
+        [HALO, "--program=align", "--sweep", "--topology=cpu:8"], "--sweep knows no stages",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags, fault", STAGE_FAULTS.values(), ids=STAGE_FAULTS)
+def test_a_fault_about_stages_is_one_line(flags, fault):
+    assert fault in compile_(*flags).error
+
+
+@pytest.mark.parametrize("stage", ("align", "distill"))
+def test_a_stage_of_a_conversion_on_simulated_devices(stage, tmp_path):
+    out = tmp_path / "stage.json"
+    done = compile_(
+        HALO, f"--program={stage}", "--topology=cpu:4", "--config.mesh.fsdp=2",
+        "--config.mesh.tensor=2", f"--json={out}",
+    )  # fmt: skip
+    assert done.code == 0, done
+    result = json.loads(out.read_text())
+    parts = result["parts"]
+    assert parts["optimizer"] > 2 * parts["parameters"]  # AdamW's moments of what is trained
+    everything = stage == "distill"  # alignment trains the mixers alone
+    assert (parts["parameters"] > parts["teacher"]) == everything
+    assert result["flops"] >= result["useful"] > 0

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from hybridjax.aot import conversion
 from hybridjax.aot.bill import bill
 from hybridjax.aot.bound import Bound, bound
 from hybridjax.aot.collectives import Collective, by_axes, collectives
@@ -14,7 +15,8 @@ from hybridjax.aot.hlo import parse
 from hybridjax.aot.memory import Change, Memory, changes, largest_values, of_compiled, shortage
 from hybridjax.aot.program import Program, trace
 from hybridjax.aot.topology import Target
-from hybridjax.config import Config, MeshConfig
+from hybridjax.config import Config, MeshConfig, ModelConfig
+from hybridjax.halo.config import HaloConfig
 from hybridjax.sharding import ways
 
 # Products in attention relative to its forward pass: q kᵀ and p v once, twice more in the
@@ -24,7 +26,8 @@ _BACKWARD = 3.5
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What to compile: the train step, or reading or writing with a state of `context` tokens."""
+    """What to compile: the train step, reading or writing with a state of `context` tokens, or an
+    update of a stage of a conversion."""
 
     program: str = "train"
     context: int = 0
@@ -38,7 +41,7 @@ class Result:
     Attributes:
       memory: None if the program does not fit; then `needed` is what the compiler counted.
       flops: of matrix products, recomputation included; `hidden`: the part from a formula.
-      useful: FLOPs of the model itself (training: three forward passes).
+      useful: FLOPs of the models themselves (what is trained: three forward passes).
     """
 
     topology: str
@@ -73,15 +76,27 @@ class Result:
         return values
 
 
-def measure(config: Config, target: Target, job: Job, mesh: MeshConfig | None = None) -> Result:
+def measure(
+    config: Config,
+    target: Target,
+    job: Job,
+    mesh: MeshConfig | None = None,
+    halo: HaloConfig | None = None,
+) -> Result:
     """Compiles a program for devices that need not exist.
+
+    Args:
+      halo: the conversion of which the program is a stage; `config` is the stage's run.
 
     Raises:
       UserError: sizes that do not fit the mesh.
     """
     devices = target.mesh(mesh or config.mesh)
     start = time.perf_counter()
-    program = trace(config, devices, job.program, rows=job.rows, context=job.context)
+    if halo is None:
+        program = trace(config, devices, job.program, rows=job.rows, context=job.context)
+    else:
+        program = conversion.trace(halo, devices, job.program)
     lowered = program.traced.lower()
     middle = time.perf_counter()
     failure, compiled = None, None
@@ -93,8 +108,8 @@ def measure(config: Config, target: Target, job: Job, mesh: MeshConfig | None = 
             raise
     end = time.perf_counter()
 
-    counted = count(program.traced.jaxpr)
-    hidden = _hidden(config, job, devices, program) if counted.hidden else 0.0
+    counted, models = count(program.traced.jaxpr), _models(config, job, halo)
+    hidden = _hidden(config, job, models, devices, program) if counted.hidden else 0.0
     per_chip = target.devices_per_chip
     result = Result(
         topology=target.name,
@@ -112,8 +127,10 @@ def measure(config: Config, target: Target, job: Job, mesh: MeshConfig | None = 
         available=None if target.chip is None else target.chip.hbm / per_chip,
         flops=counted.counted + hidden,
         hidden=hidden,
-        useful=_useful(config, job) * program.tokens / devices.size,
+        useful=_useful(config, job, models) * program.tokens / devices.size,
     )
+    if job.program == "align":  # of the mixers nothing is made twice
+        result = dataclasses.replace(result, useful=result.flops)
     if failure is not None:
         needed = max(failure.needed, sum(result.parts.values()))
         return dataclasses.replace(
@@ -121,7 +138,7 @@ def measure(config: Config, target: Target, job: Job, mesh: MeshConfig | None = 
             needed=needed,
             available=failure.available,
             largest=failure.largest or largest_values(program),
-            changes=tuple(changes(program, config, devices, needed)),
+            changes=_advice(program, config, devices, needed),
         )
     return _of_compiled(result, config, target, devices, program, compiled)
 
@@ -141,7 +158,7 @@ def _of_compiled(result, config, target: Target, devices, program: Program, comp
         unknown_loops=tuple(module.runs()[1]),
     )
     if not fits:
-        advice = tuple(changes(program, config, devices, memory.total))
+        advice = _advice(program, config, devices, memory.total)
         return dataclasses.replace(result, largest=largest_values(program), changes=advice)
     if target.chip is None:
         return result
@@ -152,20 +169,36 @@ def _of_compiled(result, config, target: Target, devices, program: Program, comp
     return dataclasses.replace(result, bound=limits)
 
 
-def _useful(config: Config, job: Job) -> float:
+def _advice(program: Program, config: Config, devices, needed: float) -> tuple[Change, ...]:
+    found = changes(program, config, devices, needed)
+    if program.name not in conversion.STAGES:
+        return tuple(found)
+    words = lambda what: conversion.in_its_words(what, program.name)
+    return tuple(dataclasses.replace(change, what=words(change.what)) for change in found)
+
+
+def _models(config: Config, job: Job, halo: HaloConfig | None) -> list[tuple[ModelConfig, bool]]:
+    """The models whose whole rows are run, and whether backward too."""
+    if halo is not None:
+        return conversion.forward_passes(halo, job.program)
+    return [(config.model, True)] if job.program == "train" else []
+
+
+def _useful(config: Config, job: Job, models) -> float:
     """FLOPs per token of the model itself, over all devices."""
-    if job.program == "train":
-        return 3 * bill(config.model, config.seq_len).total("flops")
-    return bill(config.model, job.context).total("decode_flops")
+    if not models:
+        return bill(config.model, job.context).total("decode_flops")
+    flops = lambda model: bill(model, config.seq_len).total("flops")
+    return sum((3 if backward else 1) * flops(model) for model, backward in models)
 
 
-def _hidden(config: Config, job: Job, mesh, program: Program) -> float:
+def _hidden(config: Config, job: Job, models, mesh, program: Program) -> float:
     """FLOPs on one device that no trace shows; a query of `prefill` reads a full cache."""
     with jax.set_mesh(mesh):
         devices = ways("batch") * ways("length") * ways("heads")
-    if job.program == "train":
-        forward = bill(config.model, config.seq_len).total("hidden_flops")
-        passes = 1 + (config.model.remat != "none") + _BACKWARD
-    else:
-        forward, passes = 2 * bill(config.model, job.context).total("hidden_flops"), 1
-    return passes * forward * program.tokens / devices
+    flops = 0.0 if models else 2 * bill(config.model, job.context).total("hidden_flops")
+    for model, backward in models:
+        again = (model.remat != "none") + _BACKWARD
+        forward = bill(model, config.seq_len).total("hidden_flops")
+        flops += (1 + again * backward) * forward
+    return flops * program.tokens / devices

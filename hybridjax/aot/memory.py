@@ -112,8 +112,8 @@ def changes(program: Program, config: Config, mesh, needed: float) -> list[Chang
     """
     parts, sizes = program.bytes(), dict(mesh.shape)
     weights = parts["parameters"]
-    if program.name == "train":
-        weights = 2 * weights + parts["optimizer"]
+    if "optimizer" in parts:
+        weights = 2 * weights + parts["optimizer"] + parts.get("teacher", 0)
         return sorted(_of_training(config, sizes, weights, needed - weights), key=_by_saving)
     found = []
     state = parts["state"]

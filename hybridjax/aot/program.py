@@ -46,7 +46,7 @@ def trace(config: Config, mesh, name: str, *, rows: int = 1, context: int = 0) -
     """
     with jax.set_mesh(mesh):
         if name == "train":
-            return _train(config, mesh)
+            return train_program(config, mesh)
         model = placed(jax.eval_shape(lambda: new_model(config)), mesh)
         state = jax.eval_shape(lambda m: m.init_state(rows, context), model)
         state = placed(state, mesh)
@@ -55,24 +55,31 @@ def trace(config: Config, mesh, name: str, *, rows: int = 1, context: int = 0) -
         return _decode(model, state, mesh, rows)
 
 
-def _train(config: Config, mesh) -> Program:
+def train_program(config: Config, mesh) -> Program:
+    """The train step, on the mesh that is set."""
+    batch = batch_of(config, mesh)
+    optimizer = make_optimizer(
+        config.optimizer, config.steps, jax.eval_shape(lambda: new_model(config))
+    )
+    state = placed(jax.eval_shape(lambda: new_state(config, optimizer)), mesh)
+    traced = make_train_step(optimizer, config).trace(state, batch)
+    arguments = {"parameters": state.model, "optimizer": state.opt_state, "batch": batch}
+    tokens = config.batch_size * config.seq_len
+    return Program("train", traced, arguments, tokens, bodies(state.model))
+
+
+def batch_of(config: Config, mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Raises `UserError` for a batch that does not divide over the mesh."""
     parts = config.accumulate * ways("batch")
     if config.batch_size % parts:
         raise UserError(
             f"batch_size {config.batch_size} is not divisible by accumulate x devices along the "
             f"batch = {parts}: use a multiple of that, or a smaller data or fsdp axis"
         )
-    optimizer = make_optimizer(
-        config.optimizer, config.steps, jax.eval_shape(lambda: new_model(config))
-    )
-    state = placed(jax.eval_shape(lambda: new_state(config, optimizer)), mesh)
     shape = (config.batch_size, config.seq_len)
     place = NamedSharding(mesh, current_spec(("batch", "length"), shape))
     kind = lambda name: jnp.float32 if name == "loss_weights" else jnp.int32
-    batch = {name: jax.ShapeDtypeStruct(shape, kind(name), sharding=place) for name in _BATCH}
-    traced = make_train_step(optimizer, config).trace(state, batch)
-    arguments = {"parameters": state.model, "optimizer": state.opt_state, "batch": batch}
-    return Program("train", traced, arguments, shape[0] * shape[1], bodies(state.model))
+    return {name: jax.ShapeDtypeStruct(shape, kind(name), sharding=place) for name in _BATCH}
 
 
 def _prefill(model, state, mesh, rows: int, piece: int) -> Program:

@@ -15,7 +15,7 @@ def lines(result: Result, config: Config, target: Target) -> Iterator[str]:
     job, per_chip = result.job, target.devices_per_chip
     what = (
         f"{config.batch_size} rows of {config.seq_len:,} tokens, accumulate {config.accumulate}"
-        if job.program == "train"
+        if not job.context
         else f"{job.rows} rows, context {job.context:,}, {result.tokens} tokens per call"
     )
     mesh = " ".join(f"{name}={size}" for name, size in result.mesh.items())
@@ -73,7 +73,7 @@ def _bound(result: Result, target: Target) -> Iterator[str]:
     limits = result.bound
     parts = ", ".join(f"{name} {1e3 * s:.3g} ms" for name, s in limits.parts.items())
     yield f"lower bounds of a step: {parts}"
-    if result.job.program == "train":
+    if not result.job.context:
         yield (
             f"limit: {limits.limit}; MFU at most {limits.mfu:.1%} if everything overlaps, "
             f"{limits.mfu_serial:.1%} if no collective does"

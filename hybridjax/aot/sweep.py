@@ -117,17 +117,11 @@ def _estimate(config: Config, target: Target, job: Job, costs: Bill, mesh: MeshC
 
 
 def _training(config: Config, target: Target, costs: Bill, mesh: MeshConfig) -> tuple[float, float]:
-    model, depth = config.model, len(config.model.layers)
+    model = config.model
     size = jnp.dtype(model.dtype).itemsize
-    rows = config.batch_size // config.accumulate // (mesh.data * mesh.fsdp)
-    tokens = rows * config.seq_len // mesh.context  # of a device at once
+    tokens = tokens_at_once(config, mesh)
     local = costs.total("parameters") / (mesh.fsdp * mesh.tensor)
-    kept = {"none": 24, "dots": 12, "names": 3, "full": 1}[model.remat]
-    hidden = max(b.mlp["hidden"] for b in model.blocks.values() if b.mlp is not None)
-    inside = tokens * (8 * model.width + 6 * hidden / mesh.tensor) * size  # of one block
-    gathered = 2 * max(item.gathered_bytes for item, _ in costs.items) / mesh.tensor
-    stream = depth * tokens * model.width * size * kept
-    memory = local * (4 + _ADAM + 4) + stream + inside + gathered + 3 * 4 * SLICE
+    memory = local * (4 + _ADAM + 4) + sum(activations(config, costs, mesh).values())
 
     passes = 3 + (model.remat != "none")
     flops = passes * costs.total("flops") * tokens * config.accumulate / mesh.tensor
@@ -140,6 +134,26 @@ def _training(config: Config, target: Target, costs: Bill, mesh: MeshConfig) -> 
         "context": _ring(costs, mesh, tokens) * config.accumulate * passes,
     }  # fmt: skip
     return memory, _seconds(target, flops, 0.0, sent)
+
+
+def tokens_at_once(config: Config, mesh: MeshConfig) -> int:
+    """Of one device, in one microbatch."""
+    rows = config.batch_size // config.accumulate // (mesh.data * mesh.fsdp)
+    return rows * config.seq_len // mesh.context
+
+
+def activations(config: Config, costs: Bill, mesh: MeshConfig) -> dict[str, float]:
+    """Bytes of one device besides parameters, moments and gradients."""
+    model, tokens = config.model, tokens_at_once(config, mesh)
+    size = jnp.dtype(model.dtype).itemsize
+    kept = {"none": 24, "dots": 12, "names": 3, "full": 1}[model.remat]
+    hidden = max(b.mlp["hidden"] for b in model.blocks.values() if b.mlp is not None)
+    return {
+        "kept for the backward pass": len(model.layers) * tokens * model.width * size * kept,
+        "inside a block": tokens * (8 * model.width + 6 * hidden / mesh.tensor) * size,
+        "gathered weights": 2 * max(i.gathered_bytes for i, _ in costs.items) / mesh.tensor,
+        "logits": 3 * 4 * SLICE,
+    }
 
 
 def _decoding(

@@ -55,12 +55,13 @@ class HaloConfig:
     finetune: StageConfig
     select: SelectConfig = SelectConfig()
     teacher: str = ""  # a run's work directory, optionally `@step`; "": one is trained here
-    model: ModelConfig | None = None  # of the teacher that is trained here
+    model: ModelConfig | None = None  # of the teacher that is trained here, or is only compiled
     pretrain: StageConfig | None = None  # and how
     attention: Mapping[str, Any] = dataclasses.field(  # what changes in the layers that stay
         default_factory=lambda: dict(rope=False, gate=True)
     )
     gates: str = "fresh"  # preserving: gates start at 1/2, and outputs doubled, so nothing changes
+    remat: str = ""  # of the hybrid; "": the teacher's
     seed: int = 0
     log_every: int = 50  # steps
     mesh: MeshConfig = MeshConfig()
@@ -119,6 +120,7 @@ def student_config(halo: HaloConfig, teacher: ModelConfig, layers: str) -> Model
         teacher,
         layers=layers,
         blocks={"A": _with_mixer(block, kept), "L": _with_mixer(block, halo.linear)},
+        remat=halo.remat or teacher.remat,
     )
 
 

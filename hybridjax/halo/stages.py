@@ -23,13 +23,10 @@ from hybridjax.checkpoint import Checkpoints, latest_step, restore_model
 from hybridjax.config import Config, UserError, typed
 from hybridjax.data.tokenizer import load_tokenizer
 from hybridjax.files import read_json, write_json
-from hybridjax.halo import selection, transfer
-from hybridjax.halo.alignment import alignment_gradients, alignment_optimizer
-from hybridjax.halo.config import HaloConfig, check_teacher, run_config, student_config
-from hybridjax.halo.distillation import distillation_sums
+from hybridjax.halo import selection, transfer, updates
+from hybridjax.halo.config import HaloConfig, check_teacher, run_config
 from hybridjax.mixers.base import Mixer
 from hybridjax.models.decoder import Decoder
-from hybridjax.optimizer import make_optimizer
 from hybridjax.workdir import load_config
 
 
@@ -64,15 +61,13 @@ def transfer_weights(halo: HaloConfig, workdir: pathlib.Path) -> bool:
 def align(halo: HaloConfig, workdir: pathlib.Path) -> bool:
     """Stage 1: the linear mixers learn what the teacher's attention gives."""
     teacher = load_teacher(halo, workdir)
-    config = run_config(halo, "align", teacher.config.model)
     abstract = abstract_mixers(halo, teacher)
-    optimizer = alignment_optimizer(halo.align, len(config.model.layers), abstract)
-    step = train.make_train_step(optimizer, config, alignment_gradients)
-    first = jax.jit(lambda mixers: train.first_state(mixers, optimizer))
+    update = updates.alignment(halo, teacher.config.model, abstract)
+    first = jax.jit(update.first_state)
     return train.fit(
-        config,
+        update.config,
         workdir / "align",
-        lambda state, batch: step(state, _every_token(batch), teacher.model),
+        lambda state, batch: update.step(state, _every_token(batch), teacher.model),
         lambda: first(load_mixers(halo, workdir, "transfer", teacher)),
         first.eval_shape(abstract),
         align=max(teacher.model.align, abstract.align),
@@ -140,21 +135,18 @@ def _sweep(
 def distill(halo: HaloConfig, workdir: pathlib.Path) -> bool:
     """Stage 2: the hybrid's predictions become the teacher's."""
     teacher, layers = load_teacher(halo, workdir), selected(workdir)
-    model = student_config(halo, teacher.config.model, layers)
-    config = run_config(halo, "distill", model)
-    abstract = jax.eval_shape(lambda: train.new_model(config))
-    optimizer = make_optimizer(config.optimizer, config.steps, abstract)
-    step = train.make_train_step(optimizer, config, train.gradients_of(distillation_sums))
+    update = updates.distillation(halo, teacher.config.model, layers)
+    abstract = jax.eval_shape(lambda: train.new_model(update.config))
 
     @jax.jit
     def first(teacher_model, mixers):
         student = transfer.student(halo, teacher.config.model, layers, teacher_model, mixers)
-        return train.first_state(student, optimizer)
+        return update.first_state(student)
 
     return train.fit(
-        config,
+        update.config,
         workdir / "distill",
-        lambda state, batch: step(state, _every_token(batch), teacher.model),
+        lambda state, batch: update.step(state, _every_token(batch), teacher.model),
         lambda: first(teacher.model, load_mixers(halo, workdir, "align", teacher)),
         first.eval_shape(teacher.model, abstract_mixers(halo, teacher)),
         align=max(teacher.model.align, abstract.align),
