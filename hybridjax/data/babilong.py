@@ -169,6 +169,7 @@ class BABILong(Task):
         """BABILong's own rule: of the places, those that the output names before its first full
         stop and the question does not are just the right one."""
         named = lambda text: {place for place in PLACES if place in text.lower()}
+        question = question[question.rfind("Where") :]  # without the sentences before it
         return [
             named(w.split(".")[0]) - named(question) == named(r)
             for w, r in zip(written, right, strict=True)

@@ -100,6 +100,25 @@ def heldout(results: dict[str, Any], path: str | os.PathLike) -> None:
         _save(figure, path)
 
 
+def tasks(results: dict[str, Any], path: str | os.PathLike) -> None:
+    """Share of answers by length, a line per task; dashed as generated, dotted the guess."""
+    with plt.rc_context(_STYLE):
+        figure, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
+        for i, task in enumerate(dict.fromkeys(c["task"] for c in results["tasks"])):
+            cells = [c for c in results["tasks"] if c["task"] == task]
+            lengths, style = [c["length"] for c in cells], dict(color=f"C{i}", linewidth=1)
+            exact, generated = ([c[n] for c in cells] for n in ("exact", "generated"))
+            ax.plot(lengths, exact, marker="o", markersize=3, color=f"C{i}", label=task)
+            ax.plot(lengths, generated, linestyle="--", **style)
+            ax.plot(lengths, [c["guess"] for c in cells], linestyle=":", **style)
+        ax.axvline(results["train_length"], color="0.7", linewidth=1, zorder=0)
+        ax.set_xscale("log", base=2)
+        ax.set(xlabel="tokens read (grey: trained)", ylabel="answers right", ylim=(-0.02, 1.02))
+        ax.set_title(f"{results['name']}: forced (solid), generated (dashed), guessed (dotted)")
+        ax.legend(frameon=False, fontsize=8)
+        _save(figure, path)
+
+
 def needle_lines(results: Sequence[dict[str, Any]], path: str | os.PathLike) -> None:
     """Exact match by length, a line per run; dashed where the logits are not scaled."""
     with plt.rc_context(_STYLE):

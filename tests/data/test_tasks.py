@@ -242,7 +242,8 @@ def test_the_rest_is_the_split():
         ("qa1", [" office. And so on"], [" office."], "Where is Mary?", [True]),
         ("qa1", [" Office or kitchen."], [" office."], "Where is Mary?", [False]),
         ("qa1", [" nowhere. office."], [" office."], "Where is Mary?", [False]),
-        ("qa3", [" office, then kitchen"], [" office."], "... before the kitchen?", [True]),
+        ("qa3", [" office, then kitchen"], [" office."], "Where ... before the kitchen?", [True]),
+        ("qa1", [" office."], [" office."], "Mary went to the office. Where is Mary?", [True]),
     ],
 )
 def test_grades(name, written, right, question, expected):
