@@ -3,10 +3,12 @@
 Chooses the base of the log scaling on text, then measures held-out bits per byte and needle exact
 match up to 32 times the training length, with and without the scaling; then the tasks that the
 configuration names. Writes `evaluation.json` and pictures into the work directory.
-`--compare=DIR,DIR...` puts measured runs into one figure.
+`--compare=DIR,DIR...` puts measured runs into one figure. `--retrieval` looks into a run of HSA
+instead: whether the chunk that says the answer is retrieved, and what its landmark's score means.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -20,24 +22,26 @@ from absl import flags
 from hybridjax import command
 from hybridjax.checkpoint import update_metadata
 from hybridjax.config import Config, UserError
-from hybridjax.data.retrieval import Haystack
+from hybridjax.data.retrieval import Haystack, needle_batch
 from hybridjax.data.sources import build_source
 from hybridjax.data.tasks import Task
 from hybridjax.data.text import SHA256
 from hybridjax.data.tokenizer import Tokenizer
-from hybridjax.evals import heldout, needle, plots, tasks
+from hybridjax.evals import heldout, needle, plots, recall, tasks
 from hybridjax.metrics import read_metrics
 from hybridjax.models.decoder import Decoder
 from hybridjax.workdir import Run, open_run
 
 RESULTS = "evaluation.json"
+RETRIEVAL = "retrieval"  # .json, .png
+LONGEST_LOOK = 16384  # tokens of a row whose retrieval is looked into, all at once
 
 
 def main() -> None:
     if flags.FLAGS.compare:
         compare([pathlib.Path(p) for p in flags.FLAGS.compare], pathlib.Path(flags.FLAGS.output))
     elif flags.FLAGS.workdir:
-        report(flags.FLAGS.workdir)
+        (report_retrieval if flags.FLAGS.retrieval else report)(flags.FLAGS.workdir)
     else:
         raise UserError("nothing to evaluate: give --workdir=DIR or --compare=DIR,DIR")
 
@@ -141,6 +145,49 @@ def task_of(config: Config, tokenizer: Tokenizer, name: str) -> Task:
     return task
 
 
+# ---------------------------------------------------------------- what is retrieved
+
+
+def report_retrieval(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """Looks at what the newest checkpoint retrieves; writes numbers and a picture beside it."""
+    run = open_run(workdir)
+    cells, points = measure_retrieval(run)
+    if jax.process_index() != 0:
+        return cells
+    numbers, picture = (run.workdir / f"{RETRIEVAL}.{kind}" for kind in ("json", "png"))
+    numbers.write_text(json.dumps(cells, indent=1, allow_nan=False) + "\n")
+    plots.retrieval(cells, points, picture, title=run.config.name)
+    for c in cells:
+        shares = {k: "-" if share is None else f"{share:.3f}" for k, share in c["recall"].items()}
+        recalled = "  ".join(f"@{k} {share}" for k, share in shares.items())
+        print(f"{c['task']:>12} {c['length']:8} layer {c['layer']}: recall {recalled}")
+    print(f"numbers: {numbers}   picture: {picture}")
+    return cells
+
+
+def measure_retrieval(run: Run) -> tuple[list[dict[str, Any]], tuple]:
+    """Cells of `recall.report` by task and length; and the score and mass of chunks at the first
+    length, by the highest layer."""
+    config, ev = run.config, run.config.evaluation
+    top_k, cells, points = recall.top_k(run.model), [], None
+    exams = {name: task_of(config, run.tokenizer, name).exam for name in ev.tasks}
+    if not exams:
+        haystack = Haystack(run.tokenizer, ev.split, **ev.task)
+        exams["needle"] = functools.partial(needle_batch, haystack, 0, facts=ev.facts[0])
+    for name, exam_of in exams.items():
+        for times in ev.lengths:
+            if (length := times * config.seq_len) > LONGEST_LOOK:
+                continue
+            exam = exam_of(n=ev.examples, length=length)
+            readings = recall.readings(run.model, exam, run.logit_base)
+            points = points or recall.points(readings[-1])
+            cells += [
+                dict(task=name, length=length, train_length=config.seq_len, **line)
+                for line in recall.report(readings, exam, top_k)
+            ]
+    return cells, points
+
+
 def during_training(model: Decoder, tokenizer: Tokenizer, config: Config) -> dict[str, float]:
     """The few numbers that a run logs as it goes, without log scaling."""
     ev, length = config.evaluation, config.seq_len
@@ -214,6 +261,7 @@ def table(results: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "the run to measure")
+    flags.DEFINE_bool("retrieval", False, "look at what the run retrieves (HSA), nothing else")
     flags.DEFINE_list("compare", [], "measured runs to draw in one figure")
     flags.DEFINE_string("output", "comparison.png", "where the comparison's picture goes")
     command.run(main)
