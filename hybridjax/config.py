@@ -103,6 +103,7 @@ class EvaluationConfig:
     examples: int = 200  # needle tests per length
     logit_bases: tuple[float, ...] = ()  # candidates for the log scaling of attention logits
     task: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # form of the facts
+    tasks: tuple[str, ...] = ()  # sources of `data` that are tasks, to be asked too
 
 
 @dataclasses.dataclass(frozen=True)

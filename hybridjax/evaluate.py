@@ -1,11 +1,14 @@
 """Measures a run: `python -m hybridjax.evaluate --workdir=runs/hypenet-tiny`.
 
 Chooses the base of the log scaling on text, then measures held-out bits per byte and needle exact
-match up to 32 times the training length, with and without the scaling. Writes `evaluation.json`
-and pictures into the work directory. `--compare=DIR,DIR...` puts measured runs into one figure.
+match up to 32 times the training length, with and without the scaling; then the tasks that the
+configuration names. Writes `evaluation.json` and pictures into the work directory.
+`--compare=DIR,DIR...` puts measured runs into one figure. `--retrieval` looks into a run of HSA
+instead: whether the chunk that says the answer is retrieved, and what its landmark's score means.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -19,22 +22,26 @@ from absl import flags
 from hybridjax import command
 from hybridjax.checkpoint import update_metadata
 from hybridjax.config import Config, UserError
-from hybridjax.data.retrieval import Haystack
+from hybridjax.data.retrieval import Haystack, needle_batch
+from hybridjax.data.sources import build_source
+from hybridjax.data.tasks import Task
 from hybridjax.data.text import SHA256
 from hybridjax.data.tokenizer import Tokenizer
-from hybridjax.evals import heldout, needle, plots
+from hybridjax.evals import heldout, needle, plots, recall, tasks
 from hybridjax.metrics import read_metrics
 from hybridjax.models.decoder import Decoder
 from hybridjax.workdir import Run, open_run
 
 RESULTS = "evaluation.json"
+RETRIEVAL = "retrieval"  # .json, .png
+LONGEST_LOOK = 16384  # tokens of a row whose retrieval is looked into, all at once
 
 
 def main() -> None:
     if flags.FLAGS.compare:
         compare([pathlib.Path(p) for p in flags.FLAGS.compare], pathlib.Path(flags.FLAGS.output))
     elif flags.FLAGS.workdir:
-        report(flags.FLAGS.workdir)
+        (report_retrieval if flags.FLAGS.retrieval else report)(flags.FLAGS.workdir)
     else:
         raise UserError("nothing to evaluate: give --workdir=DIR or --compare=DIR,DIR")
 
@@ -49,9 +56,12 @@ def report(workdir: str | os.PathLike) -> dict[str, Any]:
     (run.workdir / RESULTS).write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
     plots.loss(read_metrics(workdir), run.workdir / "loss.png", title=run.config.name)
     plots.heldout(results, run.workdir / "heldout.png")
-    plots.needle_heatmap(results, run.workdir / "needle.png")
+    pictures = {"needle": plots.needle_heatmap, "tasks": plots.tasks}
+    drawn = [run.workdir / f"{name}.png" for name in pictures if results[name]]
+    for path in drawn:
+        pictures[path.stem](results, path)
     print(table(results))
-    print(f"numbers: {run.workdir / RESULTS}   picture: {run.workdir / 'needle.png'}")
+    print("   ".join([f"numbers: {run.workdir / RESULTS}", *(f"picture: {p}" for p in drawn)]))
     return results
 
 
@@ -63,7 +73,8 @@ def measure(run: Run) -> dict[str, Any]:
     base, bits = heldout.choose_logit_base(
         run.model, run.tokenizer, lengths[-2:], ev.heldout_tokens, ev.logit_bases
     )
-    bases = (None, float(config.seq_len) if base is None else base)
+    scaled = float(config.seq_len) if base is None else base
+    bases = (None, scaled) if ev.logit_bases else (None,)
     texts = [
         heldout.bits_per_byte(
             run.model,
@@ -88,6 +99,15 @@ def measure(run: Run) -> dict[str, Any]:
             logit_bases=bases if facts == ev.facts[0] else (base,),
         )
     ]
+    answered = tasks.by_length(
+        run.model,
+        run.tokenizer,
+        {name: task_of(config, run.tokenizer, name) for name in ev.tasks},
+        train_length=config.seq_len,
+        times=ev.lengths,
+        examples=ev.examples,
+        logit_base=base,
+    )
     return dict(
         name=config.name,
         step=run.step,
@@ -102,7 +122,70 @@ def measure(run: Run) -> dict[str, Any]:
         },
         heldout=[dataclasses.asdict(t) for t in texts],
         needle=[dataclasses.asdict(c) for c in cells],
+        tasks=[dataclasses.asdict(c) for c in answered],
     )
+
+
+def task_of(config: Config, tokenizer: Tokenizer, name: str) -> Task:
+    """The task that a source of the configuration is, over the split to be measured."""
+    if name not in config.data.sources:
+        raise UserError(
+            f"config.evaluation.tasks names {name!r}, which is not in config.data.sources: add it "
+            "there, with weight 0 if nothing is to be trained on it"
+        )
+    spec = config.data.sources[name]
+    task = build_source(
+        spec, tokenizer, seq_len=config.seq_len, split=config.evaluation.split, seed=0
+    )
+    if not isinstance(task, Task):
+        raise UserError(
+            f"config.evaluation.tasks names {name!r}, a source of type {spec['type']!r}, which "
+            "asks nothing: name one that is a task"
+        )
+    return task
+
+
+# ---------------------------------------------------------------- what is retrieved
+
+
+def report_retrieval(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """Looks at what the newest checkpoint retrieves; writes numbers and a picture beside it."""
+    run = open_run(workdir)
+    cells, points = measure_retrieval(run)
+    if jax.process_index() != 0:
+        return cells
+    numbers, picture = (run.workdir / f"{RETRIEVAL}.{kind}" for kind in ("json", "png"))
+    numbers.write_text(json.dumps(cells, indent=1, allow_nan=False) + "\n")
+    plots.retrieval(cells, points, picture, title=run.config.name)
+    for c in cells:
+        shares = {k: "-" if share is None else f"{share:.3f}" for k, share in c["recall"].items()}
+        recalled = "  ".join(f"@{k} {share}" for k, share in shares.items())
+        print(f"{c['task']:>12} {c['length']:8} layer {c['layer']}: recall {recalled}")
+    print(f"numbers: {numbers}   picture: {picture}")
+    return cells
+
+
+def measure_retrieval(run: Run) -> tuple[list[dict[str, Any]], tuple]:
+    """Cells of `recall.report` by task and length; and the score and mass of chunks at the first
+    length, by the highest layer."""
+    config, ev = run.config, run.config.evaluation
+    top_k, cells, points = recall.top_k(run.model), [], None
+    exams = {name: task_of(config, run.tokenizer, name).exam for name in ev.tasks}
+    if not exams:
+        haystack = Haystack(run.tokenizer, ev.split, **ev.task)
+        exams["needle"] = functools.partial(needle_batch, haystack, 0, facts=ev.facts[0])
+    for name, exam_of in exams.items():
+        for times in ev.lengths:
+            if (length := times * config.seq_len) > LONGEST_LOOK:
+                continue
+            exam = exam_of(n=ev.examples, length=length)
+            readings = recall.readings(run.model, exam, run.logit_base)
+            points = points or recall.points(readings[-1])
+            cells += [
+                dict(task=name, length=length, train_length=config.seq_len, **line)
+                for line in recall.report(readings, exam, top_k)
+            ]
+    return cells, points
 
 
 def during_training(model: Decoder, tokenizer: Tokenizer, config: Config) -> dict[str, float]:
@@ -145,25 +228,40 @@ def compare(workdirs: Sequence[pathlib.Path], output: pathlib.Path) -> None:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The needle cells as text; `deep` are facts before the last training length."""
+    """The cells as text; `deep` is what the text says before the last training length."""
     show = lambda x: "   -  " if x is None else f"{x:6.3f}"
-    chance = results["needle"][0]["chance"] if results["needle"] else 0.0
-    lines = [
-        f"{results['name']}, step {results['step']}, trained at {results['train_length']}; "
-        f"needle exact match (chance {chance:g})",
-        f"{'facts':>5} {'length':>8} {'':>5} {'base a':>7} {'all':>6} {'deep':>6} {'near':>6}",
-    ]
+    title = f"{results['name']}, step {results['step']}, trained at {results['train_length']}; "
+    lines = []
+    if results["needle"]:
+        lines += [
+            f"{title}needle exact match (chance {results['needle'][0]['chance']:g})",
+            f"{'facts':>5} {'length':>8} {'':>5} {'base a':>7} {'all':>6} {'deep':>6} {'near':>6}",
+        ]
     for c in results["needle"]:
         base = "none" if c["logit_base"] is None else f"{c['logit_base']:g}"
         lines.append(
             f"{c['facts']:5} {c['length']:8} {c['times']:4}x {base:>7} "
             f"{show(c['exact'])} {show(c['deep'])} {show(c['near'])}"
         )
+    if asked := results.get("tasks"):
+        lines += [
+            f"{title}answers of tasks, teacher-forced (deep: of these) and generated (whole: all "
+            "answers of a test); chance, and a guess among what the text says",
+            f"{'task':>12} {'length':>8} {'':>5} {'forced':>6} {'deep':>6} {'gener.':>6} "
+            f"{'whole':>6} {'chance':>6} {'guess':>6}",
+        ]
+        lines += [
+            f"{c['task']:>12} {c['length']:8} {c['times']:4}x {show(c['exact'])} "
+            f"{show(c['deep'])} {show(c['generated'])} {show(c['whole'])} {show(c['chance'])} "
+            f"{show(c['guess'])}"
+            for c in asked
+        ]
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "the run to measure")
+    flags.DEFINE_bool("retrieval", False, "look at what the run retrieves (HSA), nothing else")
     flags.DEFINE_list("compare", [], "measured runs to draw in one figure")
     flags.DEFINE_string("output", "comparison.png", "where the comparison's picture goes")
     command.run(main)

@@ -16,8 +16,9 @@ from micro import get_config
 from hybridjax import evaluate
 from hybridjax.config import UserError, typed
 from hybridjax.data.retrieval import Haystack, needle_batch
+from hybridjax.data.sources import source
 from hybridjax.data.tokenizer import ByteTokenizer
-from hybridjax.evals import heldout
+from hybridjax.evals import heldout, plots, tasks
 from hybridjax.evals.batches import NO_SCALING
 from hybridjax.evals.needle import needle
 from hybridjax.workdir import Run
@@ -103,8 +104,9 @@ def test_depths_run_from_the_start_to_the_question(rng):
 
 def test_the_split_is_by_the_distance_of_each_fact(rng):
     tests = needle_batch(Haystack(ByteTokenizer(), "heldout", **TASK), 0, 30, 256, facts=3)
-    assert {len(tests.prompts[0])} == {256 + 1 - 3}
-    for prompt, value, distance in zip(tests.prompts, tests.values, tests.distance, strict=True):
+    assert set(tests.asked[:, 0]) == {256 - 3}
+    for i, distance in enumerate(tests.distance[:, 0]):
+        prompt, value = tests.tokens[i, : 256 - 2], tests.targets[i, 256 - 3 : 256 - 1]
         fact = bytes([FACT, prompt[-1], *value]) + b";"
         assert bytes(prompt[-distance:].tolist()).startswith(fact)
 
@@ -167,13 +169,15 @@ def test_the_base_with_the_fewest_bits_is_chosen(best):
 # ---------------------------------------------------------------- the command
 
 
-def run_of(model, directory, name="micro") -> Run:
-    config = get_config(name)
+def run_of(model, directory, **changes) -> Run:
+    config = get_config()
     config.seq_len = TRAINED
+    config.data.sources.text = source("embedded", weight=0.0)
     config.evaluation.update(
         lengths=(1, 4), facts=(3, 40), examples=20, logit_bases=(8.0,),
         heldout_tokens=512, task=TASK,
     )
+    config.evaluation.update(changes)
     return Run(pathlib.Path(directory), typed(config), model, ByteTokenizer(), 7, {})
 
 
@@ -191,6 +195,37 @@ def test_what_is_measured(rng, tmp_path):
     ]  # fmt: skip
     assert results["tune_bits_per_byte"] == {"8": 1.0, "none": 2.0}
     assert results["tokens"] == 7 * 4 * TRAINED and results["logit_base"] == 8.0
+
+
+def test_without_candidates_nothing_is_scaled(rng, tmp_path):
+    run = run_of(Unigram(scores(rng)), tmp_path, logit_bases=(), facts=(3,), lengths=(1,))
+    results = evaluate.measure(run)
+    assert results["logit_base"] is None
+    assert [c["logit_base"] for c in results["needle"] + results["heldout"]] == [None, None]
+
+
+def test_tasks_that_the_configuration_names_are_asked(tmp_path):
+    run = run_of(None, tmp_path, tasks=("facts",), facts=(), lengths=(1, 2), examples=3)
+    asked = []
+
+    def answers(model, exam, base, beyond):
+        asked.append((exam.tokens.shape, base))
+        return exam.targets, exam.targets
+
+    text = heldout.Heldout(TRAINED, None, 1.0, (TRAINED,), (1.0,))
+    with (
+        mock.patch.object(heldout, "choose_logit_base", lambda *_: (8.0, {8.0: 1.0})),
+        mock.patch.object(heldout, "bits_per_byte", lambda *_: text),
+        mock.patch.object(tasks, "answers", answers),
+    ):
+        results = evaluate.measure(run)
+    assert asked == [((3, TRAINED), 8.0), ((3, 2 * TRAINED), 8.0)] and not results["needle"]
+    assert [(c["task"], c["times"], c["exact"]) for c in results["tasks"]] == [
+        ("facts", 1, 1.0), ("facts", 2, 1.0),
+    ]  # fmt: skip
+    plots.tasks(results, tmp_path / "tasks.png")
+    assert (tmp_path / "tasks.png").read_bytes().startswith(PNG)
+    assert "       facts      128    2x  1.000  1.000  1.000  1.000" in evaluate.table(results)
 
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -226,4 +261,9 @@ def test_a_report_leaves_numbers_and_pictures_which_can_be_compared(rng, tmp_pat
 def test_faults(tmp_path):
     with pytest.raises(UserError, match="is not measured: run hybridjax.evaluate --workdir="):
         evaluate.compare([tmp_path], tmp_path / "both.png")
+    config = run_of(None, tmp_path).config
+    with pytest.raises(UserError, match="tasks names 'mq', which is not in config.data.sources"):
+        evaluate.task_of(config, ByteTokenizer(), "mq")
+    with pytest.raises(UserError, match="of type 'embedded', which asks nothing: name one that"):
+        evaluate.task_of(config, ByteTokenizer(), "text")
     assert run_command("evaluate").error.startswith("nothing to evaluate: give --workdir=DIR")

@@ -21,6 +21,9 @@ from hybridjax.data.tokenizer import Tokenizer
 SOURCES = {
     "embedded": "hybridjax.data.text:Embedded",
     "retrieval": "hybridjax.data.retrieval:Retrieval",
+    "variables": "hybridjax.data.variables:Variables",
+    "words": "hybridjax.data.words:FrequentWords",
+    "babilong": "hybridjax.data.babilong:BABILong",
     "text": "hybridjax.data.files:Text",
     "parquet": "hybridjax.data.files:Parquet",
     "arrayrecord": "hybridjax.data.files:ArrayRecord",

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from hybridjax.data.retrieval import Haystack, Needles, needle_batch
+from hybridjax.data.retrieval import Haystack, needle_batch
+from hybridjax.data.tasks import Exam
 from hybridjax.evals.batches import in_batches, traced
 from hybridjax.generate import new_state, prefill
 from hybridjax.mixers.base import Context
@@ -91,7 +92,7 @@ def needle(
         needle_batch(haystack, seed, -(-examples // depths), length, facts=facts, depth=float(f))
         for f in fractions
     ]
-    deep = np.concatenate([t.distance for t in tests]) > train_length
+    deep = np.concatenate([t.distance[:, 0] for t in tests]) > train_length
     cells = []
     for base in logit_bases:
         exact = np.stack([exact_match(model, t, base) for t in tests])
@@ -108,23 +109,21 @@ def needle(
                 deep_examples=int(deep.sum()),
                 examples=flat.size,
                 by_depth=tuple(float(x) for x in exact.mean(axis=1)),
-                chance=10.0 ** -tests[0].values.shape[1],
+                chance=10.0**-haystack.value_length,
             )
         )
     return cells
 
 
-def exact_match(
-    model: Decoder, tests: Needles, logit_base: float | None
-) -> Float[np.ndarray, " n"]:
-    """1 for each test whose whole answer is predicted."""
+def exact_match(model: Decoder, tests: Exam, logit_base: float | None) -> Float[np.ndarray, " n"]:
+    """1 for each test, of one answer each, whose whole answer is predicted."""
     tail, base = min(TAIL, tests.tokens.shape[1]), traced(logit_base)
     whole = lambda t: _predict(model, t, Context.of_rows(t, logit_base=base), tail)
     skips = tests.tokens.shape[1] > PIECE and model.memory_depth < len(model.layers)
     predict = (lambda t: _predict_in_pieces(model, t, base, tail)) if skips else whole
     predicted = tests.targets.copy()
     predicted[:, -tail:] = in_batches(predict, tests.tokens)
-    return tests.exact(predicted)
+    return tests.exact(predicted)[:, 0]
 
 
 def _predict_in_pieces(

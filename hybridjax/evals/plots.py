@@ -100,6 +100,66 @@ def heldout(results: dict[str, Any], path: str | os.PathLike) -> None:
         _save(figure, path)
 
 
+def tasks(results: dict[str, Any], path: str | os.PathLike) -> None:
+    """Share of answers by length, a line per task; dashed as generated, dotted the guess."""
+    with plt.rc_context(_STYLE):
+        figure, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
+        for i, task in enumerate(dict.fromkeys(c["task"] for c in results["tasks"])):
+            cells = [c for c in results["tasks"] if c["task"] == task]
+            lengths, style = [c["length"] for c in cells], dict(color=f"C{i}", linewidth=1)
+            exact, generated = ([c[n] for c in cells] for n in ("exact", "generated"))
+            ax.plot(lengths, exact, marker="o", markersize=3, color=f"C{i}", label=task)
+            ax.plot(lengths, generated, linestyle="--", **style)
+            ax.plot(lengths, [c["guess"] for c in cells], linestyle=":", **style)
+        ax.axvline(results["train_length"], color="0.7", linewidth=1, zorder=0)
+        ax.set_xscale("log", base=2)
+        ax.set(xlabel="tokens read (grey: trained)", ylabel="answers right", ylim=(-0.02, 1.02))
+        ax.set_title(f"{results['name']}: forced (solid), generated (dashed), guessed (dotted)")
+        ax.legend(frameon=False, fontsize=8)
+        _save(figure, path)
+
+
+def retrieval(
+    cells: Sequence[dict[str, Any]],
+    points: tuple[Sequence[float], Sequence[float]],
+    path: str | os.PathLike,
+    title: str,
+) -> None:
+    """HSA's highest layer: recall by k and by depth, and landmark scores against attention's mass
+    of their chunks."""
+    shown = [c for c in cells if c["layer"] == max(c["layer"] for c in cells)]
+    with plt.rc_context(_STYLE):
+        figure, (by_k, by_depth, theory) = plt.subplots(
+            1, 3, figsize=(12, 3.6), layout="constrained"
+        )
+        for i, c in enumerate(shown):
+            style = dict(color=f"C{i % 10}", marker="o", markersize=3)
+            known = {int(k): r for k, r in c["recall"].items() if r is not None}
+            by_k.plot(
+                list(known), list(known.values()), label=f"{c['task']}, {c['length']}", **style
+            )
+            count = len(c["by_depth"])
+            depths = [(place + 0.5) / count for place in range(count)]
+            shares = [float("nan") if r is None else r for r in c["by_depth"]]
+            by_depth.plot(depths, shares, **style)
+        by_k.set_xscale("log", base=2)
+        by_k.set(xlabel="k", ylabel="recall of the chunk that says it", ylim=(-0.02, 1.02))
+        by_k.legend(frameon=False, fontsize=7)
+        by_depth.set(
+            xlabel="depth, from the start to the question", ylim=(-0.02, 1.02),
+            ylabel=f"recall at {shown[0]['top_k']}",
+        )  # fmt: skip
+        theory.hexbin(*points, gridsize=40, bins="log", cmap="Blues", linewidths=0)
+        known = [r for r in shown[0]["correlation"] if r is not None]
+        mean = sum(known) / len(known) if known else float("nan")
+        theory.set(
+            xlabel="score of the landmark", ylabel="log of attention's mass of the chunk",
+            title=f"less their means; r = {mean:.2f} ({shown[0]['length']} tokens)",
+        )  # fmt: skip
+        figure.suptitle(title)
+        _save(figure, path)
+
+
 def needle_lines(results: Sequence[dict[str, Any]], path: str | os.PathLike) -> None:
     """Exact match by length, a line per run; dashed where the logits are not scaled."""
     with plt.rc_context(_STYLE):

@@ -29,6 +29,14 @@ def form(request):
     return FORMS[request.param]
 
 
+def prompts(needles, tokenizer=BYTES):
+    """The text before each answer, and the answer."""
+    for tokens, targets, answers, [asked] in zip(
+        needles.tokens, needles.targets, needles.answers, needles.asked
+    ):
+        yield tokenizer.decode(tokens[: asked + 1]), tokenizer.decode(targets[answers > 0])
+
+
 @pytest.mark.parametrize("dense", [0.0, 1.0], ids=["one question", "dense"])
 def test_documents_ask_what_they_state(form, dense):
     source = Retrieval(BYTES, 200, "train", 0, dense=dense, **form)
@@ -72,7 +80,7 @@ def test_document_is_a_function_of_seed_split_and_number():
 
 def test_haystack_is_the_text_of_its_split():
     heldout = re.sub("[#?]", " ", "\n".join(documents("heldout")))
-    text = BYTES.decode(needle_batch(Haystack(BYTES, "heldout"), 0, 1, 400).prompts[0])
+    [[text, _]] = prompts(needle_batch(Haystack(BYTES, "heldout"), 0, 1, 400))
     longest = max(re.split(r"#[a-z]\d\d;|\?[a-z]$", text), key=len)
     assert len(longest) > 60 and longest in heldout + heldout
 
@@ -83,9 +91,7 @@ def test_needles(form, length, facts):
     needles = needle_batch(haystack, 3, 3, length, facts=facts)
     assert needles.tokens.shape == needles.targets.shape == (3, length)
     np.testing.assert_array_equal(needles.tokens[:, 1:], needles.targets[:, :-1])
-    for i in range(3):
-        prompt, value = BYTES.decode(needles.prompts[i]), BYTES.decode(needles.values[i])
-        assert BYTES.decode(needles.targets[i][needles.answers[i] > 0]) == value
+    for i, (prompt, value) in enumerate(prompts(needles)):
         assert (prompt + value + ";").encode() == bytes(
             [needles.tokens[i, 0], *needles.targets[i].tolist()]
         )
@@ -93,13 +99,14 @@ def test_needles(form, length, facts):
         assert len(stated) == prompt.count("#") == facts
         key = prompt[prompt.index("?") + 1 :].removesuffix(form.get("separator", ""))
         assert stated[key][2] == value
-        assert stated[key].start() == len(prompt) - needles.distance[i]
+        assert stated[key].start() == len(prompt) - needles.distance[i, 0]
+        assert stated[key].span() == tuple(needles.evidence[i, 0])
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
 def test_depth(depth):
     needles = needle_batch(Haystack(BYTES, "tune"), 0, 20, 5000, depth=depth)
-    start = 1 - needles.distance / needles.prompts.shape[1]
+    start = needles.evidence[..., 0] / needles.asked
     np.testing.assert_allclose(start, depth, atol=0.005)
 
 
@@ -133,7 +140,7 @@ def test_exact_match_needs_every_digit():
     needles = needle_batch(Haystack(BYTES, "tune"), 0, 3, 64)
     predictions = np.where(needles.answers > 0, needles.targets, 0)
     predictions[1, np.flatnonzero(needles.answers[1])[0]] = 0
-    np.testing.assert_array_equal(needles.exact(predictions), [1, 0, 1])
+    np.testing.assert_array_equal(needles.exact(predictions), [[1], [0], [1]])
 
 
 def test_endless_and_sharded():
@@ -147,10 +154,13 @@ def test_endless_and_sharded():
 @pytest.mark.parametrize(
     "seq_len, options, message",
     [
-        (20, dict(), "4 facts and a question of 5 tokens need 25 tokens, not 21"),
+        (20, dict(), "4 facts of 5 tokens and questions of 5 tokens need 25 tokens, not 21"),
         (400, dict(facts=27), "27 facts need as many keys, not 26: raise key_length"),
+        (400, dict(queries=5), "queries is 5: it must be from 1 to the 4 facts"),
+        (400, dict(alike=26), "alike is 26: a letter has 0 to 25 others in its place"),
+        (400, dict(together=0), "together is 0: it must be at least 1"),
     ],
-    ids=["short", "keys"],
+    ids=["short", "keys", "queries", "alike", "together"],
 )
 def test_faults(seq_len, options, message):
     with pytest.raises(UserError, match=message):
@@ -163,8 +173,7 @@ def test_tokens_of_words(bpe):
     needles = needle_batch(Haystack(tokenizer, "tune"), 0, 5, 200)
     assert needles.tokens.shape == (5, 200)
     assert len(tokenizer.decode(needles.tokens.ravel())) > 5 * 200
-    for prompt, value in zip(needles.prompts, needles.values, strict=True):
-        prompt, value = tokenizer.decode(prompt), tokenizer.decode(value)
+    for prompt, value in prompts(needles, tokenizer):
         assert f"#{prompt[-1]}{value};" in prompt and prompt[-2] == "?"
 
 
