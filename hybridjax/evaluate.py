@@ -3,6 +3,7 @@
 Chooses the base of the log scaling on text, then measures held-out bits per byte and needle exact
 match up to 32 times the training length, with and without the scaling. Writes `evaluation.json`
 and pictures into the work directory. `--compare=DIR,DIR...` puts measured runs into one figure.
+`--tasks=hellaswag,arc_easy` runs tasks of lm-evaluation-harness instead, into `tasks.json`.
 """
 
 import dataclasses
@@ -23,16 +24,19 @@ from hybridjax.data.retrieval import Haystack
 from hybridjax.data.text import SHA256
 from hybridjax.data.tokenizer import Tokenizer
 from hybridjax.evals import heldout, needle, plots
+from hybridjax.files import write_json
 from hybridjax.metrics import read_metrics
 from hybridjax.models.decoder import Decoder
 from hybridjax.workdir import Run, open_run
 
-RESULTS = "evaluation.json"
+RESULTS, TASKS = "evaluation.json", "tasks.json"
 
 
 def main() -> None:
     if flags.FLAGS.compare:
         compare([pathlib.Path(p) for p in flags.FLAGS.compare], pathlib.Path(flags.FLAGS.output))
+    elif flags.FLAGS.workdir and flags.FLAGS.tasks:
+        report_tasks(flags.FLAGS.workdir)
     elif flags.FLAGS.workdir:
         report(flags.FLAGS.workdir)
     else:
@@ -53,6 +57,21 @@ def report(workdir: str | os.PathLike) -> dict[str, Any]:
     print(table(results))
     print(f"numbers: {run.workdir / RESULTS}   picture: {run.workdir / 'needle.png'}")
     return results
+
+
+def report_tasks(workdir: str | os.PathLike) -> None:
+    """Asks the newest checkpoint of a run the tasks that the flags name."""
+    try:
+        from hybridjax.evals import harness
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"--tasks needs lm-evaluation-harness ({error}): pip install 'hybridjax[eval]'"
+        ) from error
+    run, given = open_run(workdir), flags.FLAGS
+    results = harness.measure(run, given.tasks, given.task_folder, given.limit)
+    if jax.process_index() == 0:
+        write_json(run.workdir / TASKS, harness.summary(run, results))
+        print(f"{harness.table(results)}\nnumbers: {run.workdir / TASKS}")
 
 
 def measure(run: Run) -> dict[str, Any]:
@@ -166,4 +185,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "the run to measure")
     flags.DEFINE_list("compare", [], "measured runs to draw in one figure")
     flags.DEFINE_string("output", "comparison.png", "where the comparison's picture goes")
+    flags.DEFINE_list("tasks", [], "of lm-evaluation-harness, by name")
+    flags.DEFINE_string("task_folder", None, "where further tasks' yaml files are")
+    flags.DEFINE_integer("limit", None, "examples per task; default: all", lower_bound=1)
     command.run(main)
