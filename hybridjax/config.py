@@ -248,7 +248,7 @@ def _known(config: Any, key: str, path: str) -> str | int:
 def _fill_defaults(config: ConfigDict, cls: type) -> None:
     """Adds the settings that have a default, so that each can be overridden."""
     for field in dataclasses.fields(cls):
-        value = config.get(field.name, field.default)
+        value = config.get(field.name, _default(field))
         given = isinstance(value, ConfigDict)
         section = next((t for t in _alternatives(field.type) if dataclasses.is_dataclass(t)), None)
         if section and (given or section is field.type):
@@ -257,6 +257,11 @@ def _fill_defaults(config: ConfigDict, cls: type) -> None:
             _fill_defaults(config[field.name], section)
         elif value is not dataclasses.MISSING:
             config[field.name] = value
+
+
+def _default(field: dataclasses.Field) -> Any:
+    made = field.default_factory is not dataclasses.MISSING
+    return field.default_factory() if made else field.default
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:

@@ -5,6 +5,7 @@ match up to 32 times the training length, with and without the scaling; then the
 configuration names. Writes `evaluation.json` and pictures into the work directory.
 `--compare=DIR,DIR...` puts measured runs into one figure. `--retrieval` looks into a run of HSA
 instead: whether the chunk that says the answer is retrieved, and what its landmark's score means.
+`--harness=hellaswag,arc_easy` runs tasks of lm-evaluation-harness, into `harness.json`.
 """
 
 import dataclasses
@@ -28,22 +29,28 @@ from hybridjax.data.tasks import Task
 from hybridjax.data.text import SHA256
 from hybridjax.data.tokenizer import Tokenizer
 from hybridjax.evals import heldout, needle, plots, recall, tasks
+from hybridjax.files import write_json
 from hybridjax.metrics import read_metrics
 from hybridjax.models.decoder import Decoder
 from hybridjax.workdir import Run, open_run
 
-RESULTS = "evaluation.json"
+RESULTS, HARNESS = "evaluation.json", "harness.json"
 RETRIEVAL = "retrieval"  # .json, .png
 LONGEST_LOOK = 16384  # tokens of a row whose retrieval is looked into, all at once
 
 
 def main() -> None:
-    if flags.FLAGS.compare:
-        compare([pathlib.Path(p) for p in flags.FLAGS.compare], pathlib.Path(flags.FLAGS.output))
-    elif flags.FLAGS.workdir:
-        (report_retrieval if flags.FLAGS.retrieval else report)(flags.FLAGS.workdir)
-    else:
+    given = flags.FLAGS
+    if given.compare:
+        compare([pathlib.Path(p) for p in given.compare], pathlib.Path(given.output))
+    elif not given.workdir:
         raise UserError("nothing to evaluate: give --workdir=DIR or --compare=DIR,DIR")
+    elif given.harness:
+        report_harness(given.workdir)
+    elif given.retrieval:
+        report_retrieval(given.workdir)
+    else:
+        report(given.workdir)
 
 
 def report(workdir: str | os.PathLike) -> dict[str, Any]:
@@ -63,6 +70,21 @@ def report(workdir: str | os.PathLike) -> dict[str, Any]:
     print(table(results))
     print("   ".join([f"numbers: {run.workdir / RESULTS}", *(f"picture: {p}" for p in drawn)]))
     return results
+
+
+def report_harness(workdir: str | os.PathLike) -> None:
+    """Asks the newest checkpoint of a run the tasks that the flags name."""
+    try:
+        from hybridjax.evals import harness
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"--harness needs lm-evaluation-harness ({error}): pip install 'hybridjax[eval]'"
+        ) from error
+    run, given = open_run(workdir), flags.FLAGS
+    results = harness.measure(run, given.harness, given.task_folder, given.limit)
+    if jax.process_index() == 0:
+        write_json(run.workdir / HARNESS, harness.summary(run, results))
+        print(f"{harness.table(results)}\nnumbers: {run.workdir / HARNESS}")
 
 
 def measure(run: Run) -> dict[str, Any]:
@@ -264,4 +286,7 @@ if __name__ == "__main__":
     flags.DEFINE_bool("retrieval", False, "look at what the run retrieves (HSA), nothing else")
     flags.DEFINE_list("compare", [], "measured runs to draw in one figure")
     flags.DEFINE_string("output", "comparison.png", "where the comparison's picture goes")
+    flags.DEFINE_list("harness", [], "tasks of lm-evaluation-harness, by name")
+    flags.DEFINE_string("task_folder", None, "where further tasks' yaml files are")
+    flags.DEFINE_integer("limit", None, "examples per task; default: all", lower_bound=1)
     command.run(main)

@@ -8,28 +8,20 @@ in turn stays attention, is distilled and finetuned, and is measured, whatever t
 (arXiv 2601.22156, table 4, at toy scale). Every rule's pick is marked: a rule is good if its layer
 is as good as the best one. All linear, the choice of no layer, stands beside.
 
-Each cell is a conversion in `runs/halo_selection/`, which shares the stages before the selection
-with its seed and with `studies/halo.py`, and goes on where it was interrupted. Its numbers are kept
-in `docs/results/halo_selection/`, and a cell that is there is not run again. The figure and its
-numbers go to `docs/results/halo_selection.{png,json}`.
+Each cell is a conversion in `runs/halo_selection/`, whose numbers are kept in
+`docs/results/halo_selection/` (`halo_cells.py` has what cells share). The figure and its numbers go
+to `docs/results/halo_selection.{png,json}`.
 """
 
 import argparse
 import json
-import pathlib
-import shutil
-import subprocess
-import sys
 
+from halo_cells import RESULTS, SELECTION, cell, convert, exact, score, stack_of
 from matplotlib import pyplot as plt
 
 DEPTH = 4  # of the tiny teacher
-STACKS = ["".join("LA"[i == kept] for i in range(DEPTH)) for kept in range(DEPTH)] + ["L" * DEPTH]
+STACKS = [stack_of([kept], DEPTH) for kept in range(DEPTH)] + [stack_of([], DEPTH)]
 TIMES = 8  # the length, in teacher's lengths, at which layers are compared
-ROOT = pathlib.Path("runs/halo_selection")
-CONVERSIONS = pathlib.Path("runs/halo")  # of studies/halo.py, which goes on there
-RESULTS = pathlib.Path("docs/results")
-CELLS = RESULTS / "halo_selection"
 
 
 def main() -> None:
@@ -42,56 +34,8 @@ def main() -> None:
         for seed in seeds:
             score(seed)
             for stack in STACKS:
-                convert(seed, stack)
+                convert(SELECTION, stack, seed, stack)
     draw(seeds)
-
-
-def score(seed: int) -> None:
-    """Trains a seed's teacher, aligns its linear mixers and scores its layers."""
-    file = CELLS / f"scores-{seed}.json"
-    if not file.exists():
-        command("search", seed, shared(seed))
-        keep(shared(seed) / "select" / "scores.json", file)
-
-
-def convert(seed: int, stack: str) -> None:
-    """Distils and finetunes the teacher into a stack."""
-    file = CELLS / f"{stack}-{seed}.json"
-    if file.exists():
-        return
-    workdir = ROOT / f"{stack}-{seed}"
-    for stage in ("teacher", "transfer", "align"):
-        if not (workdir / stage).exists():
-            shutil.copytree(shared(seed) / stage, workdir / f"{stage}.part")
-            (workdir / f"{stage}.part").rename(workdir / stage)
-    command("distill", seed, workdir, f"--config.select.layers={stack}")
-    keep(workdir / "halo.json", file)
-
-
-def command(name: str, seed: int, workdir: pathlib.Path, *settings: str) -> None:
-    print(f"== {workdir}", flush=True)
-    line = [sys.executable, "-m", f"hybridjax.{name}", "--config=configs/halo.py"]
-    line += [f"--workdir={workdir}", f"--config.seed={seed}", *settings]
-    subprocess.run(line, check=True)
-
-
-def shared(seed: int) -> pathlib.Path:
-    return CONVERSIONS / f"default-{seed}"
-
-
-def keep(path: pathlib.Path, file: pathlib.Path) -> None:
-    CELLS.mkdir(parents=True, exist_ok=True)
-    shutil.copy(path, file)
-
-
-def cell(name: str, seed: int) -> dict | None:
-    file = CELLS / f"{name}-{seed}.json"
-    return json.loads(file.read_text()) if file.exists() else None
-
-
-def exact(result: dict, model: str) -> float:
-    [found] = [c for c in result["models"][model]["needle"] if c["times"] == TIMES]
-    return found["exact"]
 
 
 def draw(seeds: list[int]) -> None:
@@ -101,13 +45,14 @@ def draw(seeds: list[int]) -> None:
     )  # fmt: skip
     table = []
     for ax, seed in zip(axes[0], seeds, strict=True):
-        scores, found = cell("scores", seed), {s: cell(s, seed) for s in STACKS}
+        scores = cell(SELECTION, "scores", seed)
+        found = {stack: cell(SELECTION, stack, seed) for stack in STACKS}
         for i, model in enumerate(("distilled", "finetuned")):
-            bars = [exact(r, model) if r else 0.0 for r in found.values()]
+            bars = [exact(r, model)[TIMES] if r else 0.0 for r in found.values()]
             ax.bar([x + 0.4 * i - 0.2 for x in range(len(bars))], bars, 0.4, label=model)
         picks = {s: [] for s in STACKS}
         for rule, kept in (scores or {"kept": {}})["kept"].items():
-            picks["".join("LA"[j in kept] for j in range(DEPTH))].append(rule)
+            picks[stack_of(kept, DEPTH)].append(rule)
         labels = ["\n".join([s if found[s] else f"{s} (not run)", *picks[s]]) for s in STACKS]
         ax.set_xticks(range(len(STACKS)), labels, fontsize=7)
         ax.set(title=f"seed {seed}", ylim=(0, 1.05))
@@ -116,7 +61,7 @@ def draw(seeds: list[int]) -> None:
                 "seed": seed,
                 "layers": stack,
                 "picked_by": picks[stack],
-                **{m: exact(result, m) for m in ("teacher", "distilled", "finetuned")},
+                **{m: exact(result, m)[TIMES] for m in ("teacher", "distilled", "finetuned")},
                 "bits_per_byte": {m: r["bits_per_byte"] for m, r in result["models"].items()},
             }
             for stack, result in found.items()

@@ -110,6 +110,7 @@ def test_settings_that_have_a_default_can_be_overridden():
     config = choose("small", PRESETS)
     assert config.seed == Config.seed and config.mesh.data == -1
     assert config.evaluation.lengths == Config.evaluation.lengths
+    assert config.evaluation.task == ConfigDict()  # made anew for each config
     assert "batch_size" not in config  # has none
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import sys
 from unittest import mock
 
 import jax
@@ -258,7 +259,7 @@ def test_a_report_leaves_numbers_and_pictures_which_can_be_compared(rng, tmp_pat
     assert done.out.count("step 7, trained at 64; needle exact match (chance 0.01)") == 2
 
 
-def test_faults(tmp_path):
+def test_faults(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="is not measured: run hybridjax.evaluate --workdir="):
         evaluate.compare([tmp_path], tmp_path / "both.png")
     config = run_of(None, tmp_path).config
@@ -267,3 +268,6 @@ def test_faults(tmp_path):
     with pytest.raises(UserError, match="of type 'embedded', which asks nothing: name one that"):
         evaluate.task_of(config, ByteTokenizer(), "text")
     assert run_command("evaluate").error.startswith("nothing to evaluate: give --workdir=DIR")
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    done = run_command("evaluate", f"--workdir={tmp_path}", "--harness=hellaswag")
+    assert done.error.endswith("pip install 'hybridjax[eval]'")

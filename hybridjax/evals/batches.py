@@ -14,7 +14,7 @@ NO_SCALING = 1e30  # as a base `a`: ln(t + a) / ln(a) is exactly 1 in f32
 
 
 def in_batches(f: Callable[[np.ndarray], jax.Array], rows: np.ndarray) -> np.ndarray:
-    """`f(rows)` for rows `[n, T]`; the last batch is padded, and devices share each batch.
+    """`f(rows)` for rows `[n, T, ...]`; the last batch is padded, and devices share each batch.
 
     Every process gives the same rows and gets all results.
     """
@@ -23,7 +23,7 @@ def in_batches(f: Callable[[np.ndarray], jax.Array], rows: np.ndarray) -> np.nda
     results = []
     for start in range(0, len(rows), size):
         batch = rows[start : start + size]
-        padded = np.pad(batch, ((0, size - len(batch)), (0, 0)))
+        padded = np.pad(batch, [(0, size - len(batch)), *[(0, 0)] * (rows.ndim - 1)])
         results.append(multihost_utils.process_allgather(f(padded), tiled=True)[: len(batch)])
     return np.concatenate(results)
 

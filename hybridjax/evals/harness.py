@@ -1,0 +1,132 @@
+"""Tasks of lm-evaluation-harness (the extra `eval`) on a run.
+
+    python -m hybridjax.evaluate --workdir=runs/NAME --harness=hellaswag,arc_easy
+
+Nothing is truncated, since the models have no longest text; where evaluation chose a base of the
+log scaling, it is used.
+"""
+
+import contextlib
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import lm_eval
+import numpy as np
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import make_table
+
+from hybridjax.config import UserError
+from hybridjax.evals.completion import complete
+from hybridjax.evals.likelihood import Request, log_likelihoods
+from hybridjax.files import reason
+from hybridjax.workdir import Run
+
+BOOTSTRAPS = 1000  # draws for the errors of metrics that are not means
+
+
+class HarnessModel(TemplateLM):
+    """A run as the harness asks it, which splits texts into prefix and continuation."""
+
+    def __init__(self, run: Run):
+        super().__init__()
+        self._model, self._tokenizer, self._base = run.model, run.tokenizer, run.logit_base
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._tokenizer.eos
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+        return self._tokenizer.encode(string).tolist()
+
+    def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
+        return self._score([(prefix, continuation) for _, prefix, continuation in requests])
+
+    def loglikelihood_rolling(self, requests: list[Instance], **_) -> list[float]:
+        texts = [request.args[0] for request in requests]
+        scored = self._score([([self.prefix_token_id], self.tok_encode(text)) for text in texts])
+        return [nats for nats, _ in scored]
+
+    def _score(self, requests: list[Request]) -> list[tuple[float, bool]]:
+        return log_likelihoods(self._model, requests, self._base)
+
+    def generate_until(self, requests: list[Instance], **_) -> list[str]:
+        texts: dict[int, str] = {}
+        by_options = defaultdict(list)
+        for i, request in enumerate(requests):
+            by_options[json.dumps(request.args[1], sort_keys=True)].append(i)
+        for text, members in by_options.items():
+            options = normalize_gen_kwargs(json.loads(text))
+            prompts = [self.tok_encode(requests[i].args[0]) for i in members]
+            answers = complete(
+                self._model,
+                self._tokenizer,
+                [np.array(prompt or [self.prefix_token_id]) for prompt in prompts],
+                tokens=options["max_gen_toks"],
+                until=options["until"],
+                logit_base=self._base,
+                temperature=options.get("temperature", 0.0),
+                top_k=options.get("top_k", 0),
+                top_p=options.get("top_p", 1.0),
+            )
+            texts |= dict(zip(members, answers, strict=True))
+        return [texts[i] for i in range(len(requests))]
+
+
+def measure(
+    run: Run, tasks: Sequence[str], folder: str | None = None, limit: int | None = None
+) -> dict[str, Any]:
+    """The harness's results for tasks that it knows by these names, or finds in `folder`.
+
+    Args:
+      limit: examples per task; None: all.
+    """
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # JAX does not survive a fork
+    manager = _TaskManager(include_path=folder)
+    for name in tasks:
+        if not manager.match_tasks([name]):
+            raise UserError(f"there is no task {name!r}: `lm-eval ls tasks` lists those there are")
+    return lm_eval.simple_evaluate(
+        HarnessModel(run),
+        tasks=list(tasks),
+        task_manager=manager,
+        limit=limit,
+        bootstrap_iters=BOOTSTRAPS,
+        log_samples=False,
+    )
+
+
+def summary(run: Run, results: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of the results."""
+    kept = {name: results[name] for name in ("results", "n-shot", "n-samples", "versions")}
+    names = dict(name=run.config.name, step=run.step, logit_base=run.logit_base)
+    return {**names, "lm_eval": lm_eval.__version__, **kept}
+
+
+def table(results: dict[str, Any]) -> str:
+    return make_table(results)
+
+
+class _TaskManager(TaskManager):
+    """One whose faults are one line."""
+
+    def load(self, task_list):
+        with _one_line(task_list):
+            return super().load(task_list)
+
+
+@contextlib.contextmanager
+def _one_line(tasks: Sequence[str]) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of `datasets`, the network, a task's own code
+        raise UserError(
+            f"cannot load the data of {', '.join(tasks)} ({type(error).__name__}: "
+            f"{reason(error)}): fetch it once where there is a network, into HF_HOME, or give "
+            "--task_folder"
+        ) from error
