@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention.xla import alike
+from pallas_kernels.chunk_sparse_attention.dense import attend_all
 from pallas_kernels.chunk_sparse_attention.gathered import (
     attend_chunks,
     dot,
@@ -25,10 +26,15 @@ from pallas_kernels.chunk_sparse_attention.gathered import (
 )
 from pallas_kernels.selection import in_tiles, rows_of, sum_over_queries, tile_size
 
+_FEW = 4  # chunks per slot, up to which attention over all of them is faster
+
 
 def chunk_sparse_attention(q, k, v, indices, weights, *, chunk_size, scale, off_by_one):
     if k.shape[1] == 0:
         return jnp.zeros((*q.shape[:3], v.shape[-1]), v.dtype)
+    if k.shape[1] <= _FEW * chunk_size * indices.shape[-1]:
+        return attend_all(q, k, v, indices, weights, chunk_size=chunk_size, scale=scale,
+                          off_by_one=off_by_one)
     return _attend(chunk_size, scale, off_by_one, q, k, v, indices, weights)
 
 

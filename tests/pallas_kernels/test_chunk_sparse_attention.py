@@ -8,7 +8,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import selection
-from pallas_kernels.chunk_sparse_attention import attend_chunks, chunk_sparse_attention, tpu
+from pallas_kernels.chunk_sparse_attention import attend_chunks, chunk_sparse_attention, tpu, xla
 from pallas_kernels.chunk_sparse_attention.shapes import SHAPES
 
 CASES = {
@@ -91,21 +91,27 @@ def assert_close(got, want, dtype):
 
 
 def forms(*in_one_tile):
-    """Every case in small tiles; in one tile these, and if slow all."""
+    """Every case in small tiles; these in the other forms too, and if slow all."""
     return [pytest.param(name, form, marks=() if form == "small_tiles" or name in in_one_tile
                          else pytest.mark.slow, id=f"{name}-{form}")
-            for name in CASES for form in ("small_tiles", "one_tile")]
+            for name in CASES for form in ("small_tiles", "one_tile", "all_chunks")]
 
 
 @pytest.fixture
-def one_tile():
-    pass
+def one_tile(monkeypatch):
+    monkeypatch.setattr(xla, "_FEW", 0)
 
 
 @pytest.fixture
-def small_tiles(monkeypatch):
+def small_tiles(one_tile, monkeypatch):
     monkeypatch.setattr(selection, "_CPU_TILE", 900)
     monkeypatch.setattr(selection, "_PAIRS", 8)
+
+
+@pytest.fixture
+def all_chunks(monkeypatch):
+    """Attention over all chunks, the others with weight 0."""
+    monkeypatch.setattr(selection, "_CPU_TILE", 900)
 
 
 # ---------------------------------------------------------------- the oracle
