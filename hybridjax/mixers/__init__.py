@@ -7,6 +7,7 @@ from hybridjax.config import spec
 MIXERS = {
     "attention": "hybridjax.mixers.attention:Attention",
     "gated_deltanet": "hybridjax.mixers.gated_deltanet:GatedDeltaNet",
+    "mamba2": "hybridjax.mixers.mamba2:Mamba2",
     "lightning": "hybridjax.mixers.lightning:Lightning",
     "chunk_encoder": "hybridjax.mixers.chunk_encoder:ChunkEncoder",
     "retrieval": "hybridjax.mixers.retrieval:Retrieval",

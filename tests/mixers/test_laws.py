@@ -54,6 +54,7 @@ TABLE = {
         "gated_deltanet",
         dict(heads=2, head_dim=16, value_heads=4, value_dim=8, convolution=3),
     ),
+    "mamba2": ("mamba2", HEADS | dict(state_dim=8, groups=2, convolution=3)),
     "hsa": hsa(dict(landmark="mean", encoder_layers=0), dict(top_k=2)),
     "hsa-cls": hsa(dict(landmark_norm=True), dict(top_k=2, norm=True)),
     "hsa-joint": hsa(
