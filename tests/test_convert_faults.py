@@ -99,7 +99,7 @@ IN_SETTINGS = {  # name -> (of which family, changes of config.json, the line)
         "holds a MambaForCausalLM: supported are Qwen3ForCausalLM, LlamaForCausalLM, Glm4ForCa",
     ),
     "a missing setting": ("qwen3", dict(hidden_size=...), "lacks 'hidden_size'"),
-    "rope scaling": ("llama", dict(rope_scaling=dict(type="yarn", factor=4.0)), "of type 'yarn'"),
+    "rope scaling": ("llama", dict(rope_scaling=dict(type="dynamic", factor=4.0)), "of type 'dyn"),
     "biases": ("llama", dict(attention_bias=True), "has attention_bias = True: only False"),
     "windows": ("qwen3", dict(use_sliding_window=True), "use_sliding_window = True"),
     "activation": ("glm4", dict(hidden_act="gelu"), "hidden_act = 'gelu': only 'silu'"),

@@ -1,22 +1,24 @@
 """The short convolution before a recurrent mixer's queries, keys and values."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from hybridjax.sharding import context_axis, over_mesh
+from hybridjax.sharding import context_axis, over_mesh, place
 from pallas_kernels.causal_convolution import causal_convolution
 
 
 class ShortConvolution(nnx.Module):
     """`silu` of each channel's last `size` inputs, weighted; documents do not see one another."""
 
-    def __init__(self, channels: int, size: int, key: jax.Array):
+    def __init__(self, channels: int, size: int, key: jax.Array, *, bias: bool = False):
         self.size = size
         # PyTorch's default for a depthwise convolution, which published models start from.
         bound = size**-0.5
         kernel = jax.random.uniform(key, (channels, size), minval=-bound, maxval=bound)
         self.kernel = nnx.Param(kernel, axes=("heads", "taps"))
+        self.bias = nnx.Param(jnp.zeros(channels), axes=("heads",)) if bias else None
 
     def __call__(
         self,
@@ -39,4 +41,6 @@ class ShortConvolution(nnx.Module):
             in_axes=(rows, ("heads", "taps"), ("batch", "length"), tails),
             out_axes=((rows, x.shape), (tails, (x.shape[0], self.size - 1, x.shape[2]))),
         )(x, self.kernel[...], segments, tail)
+        if self.bias is not None:
+            y = y + place(self.bias[...].astype(y.dtype), "heads")
         return jax.nn.silu(y), tail

@@ -34,9 +34,11 @@ def frequencies(width: int, theta: float, scaling: Scaling = ()) -> Float[np.nda
     kind = options.pop("rope_type", "default")
     if kind not in SCALINGS:
         raise UserError(f"no rope_scaling of type {kind!r}: there are {', '.join(SCALINGS)}")
-    needed = set(inspect.signature(SCALINGS[kind]).parameters) - {"plain"}
-    if set(options) != needed:
-        raise UserError(f"rope_scaling {kind!r} takes {sorted(needed)}, not {sorted(options)}")
+    known = dict(inspect.signature(SCALINGS[kind]).parameters)
+    del known["plain"]
+    needed = {name for name, option in known.items() if option.default is option.empty}
+    if not needed <= set(options) <= set(known):
+        raise UserError(f"rope_scaling {kind!r} takes {sorted(known)}, not {sorted(options)}")
     return SCALINGS[kind](plain, **options)
 
 
@@ -59,7 +61,43 @@ def _llama3(
     return plain * (kept + (1 - kept) / factor)
 
 
-SCALINGS = {"default": lambda plain: plain, "linear": _linear, "llama3": _llama3}
+def _yarn(
+    plain: np.ndarray,
+    factor: float,
+    original_max_position_embeddings: int,
+    beta_fast: float | None = None,
+    beta_slow: float | None = None,
+    attention_factor: float | None = None,  # what `amplitude` reads
+) -> np.ndarray:
+    """YaRN (arXiv 2309.00071, section 3.2): as in `transformers`, the ramp between pairs that turn
+    `beta_fast` times in the original context, kept, and `beta_slow` times, slowed by `factor`,
+    is linear in their number and begins and ends at whole ones."""
+    if plain.size < 2:
+        raise UserError("rope_scaling 'yarn' needs at least 4 rotated dimensions")
+    per_pair = -math.log(plain[1])
+    whole_turn = original_max_position_embeddings / (2 * math.pi)
+    pair_of = lambda turns: math.log(whole_turn / turns) / per_pair
+    first = max(math.floor(pair_of(beta_fast or 32)), 0)
+    last = min(math.ceil(pair_of(beta_slow or 1)), 2 * plain.size - 1)
+    slowed = np.clip((np.arange(plain.size) - first) / max(last - first, 1e-3), 0, 1)
+    return plain * (1 - slowed + slowed / factor)
+
+
+SCALINGS = {
+    "default": lambda plain: plain,
+    "linear": _linear,
+    "llama3": _llama3,
+    "yarn": _yarn,
+}
+
+
+def amplitude(scaling: Scaling) -> float:
+    """What rotated queries and keys are multiplied by: YaRN's temperature (its eq. 22), else 1."""
+    options = dict(scaling)
+    if options.get("rope_type") != "yarn":
+        return 1.0
+    given = options.get("attention_factor")
+    return 1 + 0.1 * math.log(max(options["factor"], 1)) if given is None else given
 
 
 @functools.cache
@@ -73,12 +111,15 @@ def _table(count: int, stride: int, width: int, theta: float, scaling: Scaling) 
 def rotary_angles(
     positions: Int[Array, "B T"], width: int, theta: float, scaling: Scaling = ()
 ) -> tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]:
-    """Cosine and sine of each position's angles, in f32, with an axis for the heads."""
+    """Cosine and sine of each position's angles, times the amplitude of the scaling, in f32, with an
+    axis for the heads."""
     table = functools.partial(_table, width=width, theta=theta, scaling=scaling)
     low = _lookup(table(_LOW, 1), positions % _LOW)
     high = _lookup(table(MAX_POSITION // _LOW + 1, _LOW), positions // _LOW)
     (c0, s0), (c1, s1) = jnp.moveaxis(low, 2, 0), jnp.moveaxis(high, 2, 0)
     cos, sin = c0 * c1 - s0 * s1, s0 * c1 + c0 * s1
+    if (size := amplitude(scaling)) != 1:
+        cos, sin = size * cos, size * sin
     return cos[:, :, None], sin[:, :, None]
 
 

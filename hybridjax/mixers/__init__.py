@@ -7,7 +7,9 @@ from hybridjax.config import spec
 MIXERS = {
     "attention": "hybridjax.mixers.attention:Attention",
     "gated_deltanet": "hybridjax.mixers.gated_deltanet:GatedDeltaNet",
+    "mamba2": "hybridjax.mixers.mamba2:Mamba2",
     "lightning": "hybridjax.mixers.lightning:Lightning",
+    "stick_breaking": "hybridjax.mixers.stick_breaking:StickBreaking",
     "chunk_encoder": "hybridjax.mixers.chunk_encoder:ChunkEncoder",
     "retrieval": "hybridjax.mixers.retrieval:Retrieval",
     "hsa": "hybridjax.mixers.hsa:HSA",

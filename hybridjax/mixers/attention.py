@@ -82,6 +82,8 @@ class WindowCache:
 
 
 class Attention(Mixer):
+    kernel = staticmethod(attention)
+
     def __init__(
         self,
         width: int,
@@ -173,7 +175,7 @@ class Attention(Mixer):
         exchange = "merge" if axis and q_axes == _PIECE else None
 
         def kernel(q, k, v, window, *arrays):
-            return attention(
+            return self.kernel(
                 q, k, v, window=window, context_axis=axis, exchange=exchange,
                 **dict(zip(names, arrays, strict=True)),
             )  # fmt: skip

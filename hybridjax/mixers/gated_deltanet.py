@@ -19,6 +19,7 @@ from hybridjax.config import UserError
 from hybridjax.layers.convolution import ShortConvolution
 from hybridjax.layers.linear import Linear, repeat_heads, split_heads
 from hybridjax.layers.norm import RMSNorm
+from hybridjax.layers.time_step import time_step_bias
 from hybridjax.mixers.base import Context, Mixer, new_length, place_state, state, state_field
 from hybridjax.sharding import context_axis, over_mesh, place, ways
 from pallas_kernels.gated_delta_rule import gated_delta_rule
@@ -69,7 +70,7 @@ class GatedDeltaNet(Mixer):
         self.beta, self.decay = project(self.value_heads), project(self.value_heads)
         rate = jax.random.uniform(next(keys), self.value_heads, minval=1e-4, maxval=16.0)
         self.A_log = nnx.Param(jnp.log(rate), axes=("heads",))
-        self.dt_bias = nnx.Param(_time_steps(next(keys), self.value_heads), axes=("heads",))
+        self.dt_bias = nnx.Param(time_step_bias(next(keys), self.value_heads), axes=("heads",))
         self.gate = project(value_inner)
         self.output_norm = RMSNorm(self.value_dim, eps=eps)
         self.output = Linear((value_inner, width), ("heads", "embed"), next(keys))
@@ -130,10 +131,3 @@ class GatedDeltaNet(Mixer):
             in_axes=(in_heads,) * 3 + (in_heads[:3],) * 2 + (("batch", "length"), in_state),
             out_axes=((in_heads, v.shape), (in_state, state_shape)),
         )(q, k, v, beta, decay, segments, recurrent)
-
-
-def _time_steps(key: jax.Array, heads: int) -> Float[Array, "H"]:
-    """The bias whose softplus is log-uniform in [0.001, 0.1], as flash-linear-attention has it."""
-    low, high = jnp.log(1e-3), jnp.log(1e-1)
-    step = jnp.exp(jax.random.uniform(key, heads, minval=low, maxval=high))
-    return step + jnp.log(-jnp.expm1(-step))

@@ -31,6 +31,7 @@ def chunk_sparse_attention(
     weights: Float[Array, "B T G J"] | None = None,
     *,
     chunk_size: int,
+    index: Int[Array, "B T"] | None = None,
     scale: float | None = None,
     off_by_one: bool = False,
     context_axis: str | None = None,
@@ -38,14 +39,16 @@ def chunk_sparse_attention(
 ) -> Float[Array, "B T H V"]:
     """`o_t = sum_j w_tj softmax(scale q_t K_j^T) V_j`, of the chunks j in the query's J slots.
 
-    Chunk i holds the keys from `i * chunk_size` on, all of which the query must be allowed to see.
-    Query head h reads key/value head `h // (H // G)` and the slots of that group. A query without
-    a chunk returns 0 and has no gradient. Softmaxes are computed in f32.
+    Chunk i holds the keys from `i * chunk_size` on. A query sees all of them or, given its index,
+    those up to it, so that it can choose the chunk in which it stands. Query head h reads key/value
+    head `h // (H // G)` and the slots of that group. A query that sees nothing returns 0 and has no
+    gradient. Softmaxes are computed in f32.
 
     Args:
       indices: chosen chunks, distinct; -1 = an empty slot, which contributes nothing.
       weights: of the slots, of empty ones anything; None: one softmax over the keys of all chosen
         chunks together.
+      index: the queries' places in the row of keys; None: every key of a chosen chunk is seen.
       scale: default `K ** -0.5`.
       off_by_one: add 1 to the denominator of each softmax, so that a query may take nothing.
       context_axis: inside shard_map, the mesh axis along which rows are split: queries, keys and
@@ -57,18 +60,18 @@ def chunk_sparse_attention(
       The outputs in v's dtype.
     """
     q, k, v, indices = (jnp.asarray(x) for x in (q, k, v, indices))
-    _check_shapes(q, k, v, indices, weights, chunk_size)
+    _check_shapes(q, k, v, indices, weights, index, chunk_size)
     if context_axis is not None:
         k, v = (jax.lax.all_gather(x, context_axis, axis=1, tiled=True) for x in (k, v))
     _check_indices(indices, k.shape[1] // chunk_size)
     if weights is not None:
         weights = jnp.where(indices < 0, 0, weights)
     return _dispatch(
-        implementation, q, k, v, indices, weights, chunk_size=chunk_size, off_by_one=off_by_one,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale)
+        implementation, q, k, v, indices, weights, index, chunk_size=chunk_size,
+        off_by_one=off_by_one, scale=q.shape[-1] ** -0.5 if scale is None else scale)
 
 
-def _check_shapes(q, k, v, indices, weights, chunk_size):
+def _check_shapes(q, k, v, indices, weights, index, chunk_size):
     for name, x in dict(q=q, k=k, v=v, indices=indices).items():
         if x.ndim != 4:
             raise ValueError(f"{name} must have rank 4, got {list(x.shape)}")
@@ -76,8 +79,10 @@ def _check_shapes(q, k, v, indices, weights, chunk_size):
     expected = {
         "k": (k, (B, S, G, K)), "v": (v, (B, S, G, V)), "q": (q, (B, T, H, K)),
         "indices": (indices, (B, T, G, J)), "weights": (weights, (B, T, G, J)),
+        "index": (index, (B, T)),
     }
-    check_arrays(expected, of=f"q {list(q.shape)} and k {list(k.shape)}", integers=("indices",))
+    check_arrays(expected, of=f"q {list(q.shape)} and k {list(k.shape)}",
+                 integers=("indices", "index"))
     if 0 in (T, G, K, V, J):
         raise ValueError(f"T, G, K, V and J must be at least 1, got {T}, {G}, {K}, {V} and {J}")
     if H % G:

@@ -19,6 +19,7 @@ def attend_all(
     v: Float[Array, "B S G V"],
     indices: Int[Array, "B T G J"],
     weights: Float[Array, "B T G J"] | None,
+    index: Int[Array, "B T"] | None,
     *,
     chunk_size: int,
     scale: float,
@@ -30,17 +31,20 @@ def attend_all(
     k, v = (jnp.swapaxes(x, 1, 2) for x in (k, v))
 
     @jax.checkpoint
-    def tile(q, indices, weights):
+    def tile(q, indices, weights, index):
         t = q.shape[1]
         q = jnp.moveaxis(grouped(q, G), 1, 3)  # [B, G, R, t, K]
         logits = scale * dot("bgsk,bgrtk->bgsrt", k, q)
+        if index is not None:
+            seen = np.arange(S)[:, None] <= index[:, None]  # [B, S, t]
+            logits = jnp.where(seen[:, None, :, None], logits, -jnp.inf)
         logits = logits.reshape(B, G, N, chunk_size, H // G, t)
         p = _softmax(logits, _of_chunks(indices, weights, N), off_by_one, joint=weights is None)
         p = p.reshape(B, G, S, H // G, t).astype(v.dtype)
         o = dot("bgsrt,bgsv->bgrtv", p, v)
         return jnp.moveaxis(o, 3, 1).reshape(B, t, H, -1).astype(v.dtype)
 
-    return in_tiles(tile, tile_size() // (B * S * H), q, indices, weights)
+    return in_tiles(tile, tile_size() // (B * S * H), q, indices, weights, index)
 
 
 def _of_chunks(indices, weights, N) -> Float[Array, "B G N 1 1 T"]:

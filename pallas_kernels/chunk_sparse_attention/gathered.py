@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 
@@ -11,18 +12,19 @@ def attend_chunks(
     v: Float[Array, "B T G J C V"],
     indices: Int[Array, "B T G J"],
     weights: Float[Array, "B T G J"] | None = None,
+    index: Int[Array, "B T"] | None = None,
     *,
     scale: float | None = None,
     off_by_one: bool = False,
 ) -> Float[Array, "B T H V"]:
     """`chunk_sparse_attention` where `k[b, t, g, j]` is the chunk in a slot.
 
-    Of `indices` only counts which are -1; what was fetched for these may be any finite numbers.
-    For few queries, as in decoding with a memory on the host.
+    Of `indices` only counts which are -1, unless an index is given; what was fetched for these may
+    be any finite numbers. For few queries, as in decoding with a memory on the host.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q = grouped(q, k.shape[2])
-    p, _ = softmax(logits_of(q, k, indices, scale), off_by_one, joint=weights is None)
+    p, _ = softmax(logits_of(q, k, indices, index, scale), off_by_one, joint=weights is None)
     if weights is not None:
         p = p * jnp.where(indices < 0, 0, weights)[:, :, :, None, :, None]
     o = dot("btgrjc,btgjcv->btgrv", p.astype(v.dtype), v)
@@ -36,11 +38,16 @@ def grouped(q: Float[Array, "B T H K"], G: int) -> Float[Array, "B T G R K"]:
 
 def logits_of(
     q: Float[Array, "B T G R K"], k: Float[Array, "B T G J C K"], indices: Int[Array, "B T G J"],
-    scale: float,
+    index: Int[Array, "B T"] | None, scale: float,
 ) -> Float[Array, "B T G R J C"]:
-    """-inf in empty slots."""
+    """-inf in empty slots, and of keys after the query's index."""
     logits = scale * dot("btgrk,btgjck->btgrjc", q, k)
-    return jnp.where((indices >= 0)[:, :, :, None, :, None], logits, -jnp.inf)
+    seen = (indices >= 0)[..., None]
+    if index is not None:
+        C = k.shape[-2]
+        place = indices[..., None] * C + np.arange(C)
+        seen = seen & (place <= index[..., None, None, None])
+    return jnp.where(seen[:, :, :, None], logits, -jnp.inf)
 
 
 def softmax(

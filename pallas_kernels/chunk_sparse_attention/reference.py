@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def chunk_sparse_attention(q, k, v, indices, weights, *, chunk_size, scale, off_by_one):
+def chunk_sparse_attention(q, k, v, indices, weights, index, *, chunk_size, scale, off_by_one):
     (B, T, H, _), (S, G) = q.shape, k.shape[1:3]
     N, dtype = S // chunk_size, jnp.promote_types(v.dtype, jnp.float32)
     heads = lambda x, axis: jnp.repeat(x.astype(dtype), H // G, axis)
@@ -18,6 +18,9 @@ def chunk_sparse_attention(q, k, v, indices, weights, *, chunk_size, scale, off_
     chunk_weight = chosen if weights is None else (holds * weights[..., None]).sum(3)
     chosen, chunk_weight = heads(chosen, 2)[..., None] > 0, heads(chunk_weight, 2)[..., None]
 
+    if index is not None:
+        place = np.arange(S).reshape(N, chunk_size)
+        chosen = chosen & (place <= index[:, :, None, None, None])
     logits = scale * jnp.einsum("bthk,bshk->bths", q, k).reshape(B, T, H, N, chunk_size)
     axes = (3, 4) if weights is None else 4
     largest = logits.max(axes, keepdims=True, where=chosen, initial=-1e30)

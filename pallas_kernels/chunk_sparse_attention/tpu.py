@@ -14,9 +14,11 @@ _TILE = 128  # queries: whole lanes of slots, whatever their number
 _SLACK = 16 * 2**20  # bytes of VMEM for what the compiler keeps there
 
 
-def chunk_sparse_attention(q, k, v, indices, weights, *, chunk_size, scale, off_by_one):
+def chunk_sparse_attention(q, k, v, indices, weights, index, *, chunk_size, scale, off_by_one):
     if target_platform() != "tpu":
         raise NotImplementedError(f"serves TPU only, the target is {target_platform()}")
+    if index is not None:
+        raise NotImplementedError("sees whole chunks, and takes no index")
     if len({x.dtype for x in (q, k, v)}) > 1 or q.dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(
             f"needs q, k, v all bfloat16 or all float32, got {q.dtype}, {k.dtype}, {v.dtype}")

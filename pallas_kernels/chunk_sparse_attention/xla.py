@@ -14,6 +14,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.attention.xla import alike
 from pallas_kernels.chunk_sparse_attention.dense import attend_all
@@ -29,24 +30,24 @@ from pallas_kernels.selection import in_tiles, rows_of, sum_over_queries, tile_s
 _FEW = 4  # chunks per slot, up to which attention over all of them is faster
 
 
-def chunk_sparse_attention(q, k, v, indices, weights, *, chunk_size, scale, off_by_one):
+def chunk_sparse_attention(q, k, v, indices, weights, index, *, chunk_size, scale, off_by_one):
     if k.shape[1] == 0:
         return jnp.zeros((*q.shape[:3], v.shape[-1]), v.dtype)
     if k.shape[1] <= _FEW * chunk_size * indices.shape[-1]:
-        return attend_all(q, k, v, indices, weights, chunk_size=chunk_size, scale=scale,
+        return attend_all(q, k, v, indices, weights, index, chunk_size=chunk_size, scale=scale,
                           off_by_one=off_by_one)
-    return _attend(chunk_size, scale, off_by_one, q, k, v, indices, weights)
+    return _attend(chunk_size, scale, off_by_one, q, k, v, indices, weights, index)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attend(chunk_size, scale, off_by_one, q, k, v, indices, weights):
+def _attend(chunk_size, scale, off_by_one, q, k, v, indices, weights, index):
     chunks = _chunks(k, chunk_size), _chunks(v, chunk_size)
 
-    def tile(q, indices, weights):
-        return attend_chunks(q, *_fetch(chunks, indices), indices, weights, scale=scale,
+    def tile(q, indices, weights, index):
+        return attend_chunks(q, *_fetch(chunks, indices), indices, weights, index, scale=scale,
                              off_by_one=off_by_one)
 
-    return in_tiles(tile, _tile_size(k, indices, chunk_size), q, indices, weights)
+    return in_tiles(tile, _tile_size(k, indices, chunk_size), q, indices, weights, index)
 
 
 def _attend_forward(chunk_size, scale, off_by_one, *arrays):
@@ -54,10 +55,10 @@ def _attend_forward(chunk_size, scale, off_by_one, *arrays):
 
 
 def _attend_backward(chunk_size, scale, off_by_one, arrays, do):
-    q, k, v, indices, weights = arrays
+    q, k, v, *_ = arrays
     dq, dweights, statistics = _by_query(chunk_size, scale, off_by_one, *arrays, do)
     dk, dv = _by_chunk(chunk_size, scale, off_by_one, *arrays, do, statistics)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, dweights
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, dweights, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -79,14 +80,15 @@ def _tile_size(k, indices, chunk_size):
     return tile_size() // (B * G * J * chunk_size * k.shape[-1])
 
 
-def _by_query(chunk_size, scale, off_by_one, q, k, v, indices, weights, do):
+def _by_query(chunk_size, scale, off_by_one, q, k, v, indices, weights, index, do):
     """dq, dw, and of a softmax over several chunks the logsumexp and d of each query and head."""
     chunks, joint = (_chunks(k, chunk_size), _chunks(v, chunk_size)), weights is None
 
-    def tile(q, indices, weights, do):
+    def tile(q, indices, weights, index, do):
         k, v = _fetch(chunks, indices)
         G = k.shape[2]
-        p, logsumexp = softmax(logits_of(grouped(q, G), k, indices, scale), off_by_one, joint)
+        logits = logits_of(grouped(q, G), k, indices, index, scale)
+        p, logsumexp = softmax(logits, off_by_one, joint)
         dp = dot("btgrv,btgjcv->btgrjc", grouped(do, G), v)
         d = (p * dp).sum((-2, -1) if joint else -1, keepdims=True)
         ds = p * (dp - d)
@@ -97,20 +99,26 @@ def _by_query(chunk_size, scale, off_by_one, q, k, v, indices, weights, do):
         dq = scale * dot("btgrjc,btgjck->btgrk", ds.astype(k.dtype), k)
         return dq.reshape(q.shape), dweights, (logsumexp[..., 0, 0], d[..., 0, 0]) if joint else ()
 
-    return in_tiles(tile, _tile_size(k, indices, chunk_size), q, indices, weights, do)
+    return in_tiles(tile, _tile_size(k, indices, chunk_size), q, indices, weights, index, do)
 
 
-def _by_chunk(chunk_size, scale, off_by_one, q, k, v, indices, weights, do, statistics):
+def _by_chunk(chunk_size, scale, off_by_one, q, k, v, indices, weights, index, do, statistics):
     """dk and dv."""
     (B, S, G, K), V, J = k.shape, v.shape[-1], indices.shape[-1]
     N, C = S // chunk_size, chunk_size
     q, do, (k, v) = grouped(q, G), grouped(do, G), (_chunks(x, C) for x in (k, v))
     if weights is not None:
         weights = jnp.swapaxes(weights, 2, 3).reshape(B, -1, G)
+    if index is not None:
+        index = jnp.broadcast_to(index[..., None], (*index.shape, G))
 
     def of_pairs(pairs, real, chunks):
         q_p, do_p, *joint = (rows_of(x, pairs // J) for x in (q, do, *statistics))
         logits = scale * dot("bgwprk,bwgck->bgwprc", q_p, k[:, chunks])
+        if index is not None:
+            place = chunks[:, None, None] * C + np.arange(C)
+            seen = place <= rows_of(index, pairs // J)[..., None]
+            logits = jnp.where(seen[..., None, :], logits, -jnp.inf)
         dp = dot("bgwprv,bwgcv->bgwprc", do_p, v[:, chunks])
         if joint:
             logsumexp, d = (x[..., None] for x in joint)

@@ -54,6 +54,8 @@ TABLE = {
         "gated_deltanet",
         dict(heads=2, head_dim=16, value_heads=4, value_dim=8, convolution=3),
     ),
+    "mamba2": ("mamba2", HEADS | dict(state_dim=8, groups=2, convolution=3)),
+    "stick-breaking": ("stick_breaking", HEADS | dict(kv_heads=2)),
     "hsa": hsa(dict(landmark="mean", encoder_layers=0), dict(top_k=2)),
     "hsa-cls": hsa(dict(landmark_norm=True), dict(top_k=2, norm=True)),
     "hsa-joint": hsa(
@@ -68,7 +70,8 @@ TABLE = {
 }
 SLOW = (
     "attention", "attention-glm", "attention-plain", "window-1", "lightning-grouped-nope",
-    "lightning-plain", "hsa-cls", "hsa-joint", "hsa-stick",
+    "lightning-plain", "mamba2", "stick-breaking",
+    "hsa-cls", "hsa-joint", "hsa-stick",
 )  # fmt: skip
 BUILT = {}  # mixers that earlier tests have built
 TOLERANCE = 2e-5  # of f32 outputs, relative to their size where that is above one

@@ -28,6 +28,8 @@ CASES = {
     "no-chunk": dict(T=9, H=2, empty=1.0),
     "no-chunk-joint": dict(T=9, H=2, empty=1.0, joint=True),
     "no-memory": dict(T=3, N=0, H=2),
+    "own-chunk": dict(H=4, G=2, joint=True, own=True),
+    "own-chunk-weighted": dict(H=2, own=True, off_by_one=True),
     "popular-chunk": dict(T=150, H=2, popular=True),
 }
 DTYPES = {"float32": dict.fromkeys(("o", "dq", "dk", "dv", "dweights"), 1e-5),
@@ -35,7 +37,7 @@ DTYPES = {"float32": dict.fromkeys(("o", "dq", "dk", "dv", "dweights"), 1e-5),
 
 
 def make(name, T=21, N=5, H=2, G=1, K=5, V=5, J=3, C=8, empty=0.2, joint=False, popular=False,
-         **options):
+         own=False, **options):
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     normal = lambda *shape: rng.standard_normal(shape)
     order = np.argsort(rng.random((2, T, G, N)), axis=-1)
@@ -51,6 +53,8 @@ def make(name, T=21, N=5, H=2, G=1, K=5, V=5, J=3, C=8, empty=0.2, joint=False, 
         arrays["weights"] = rng.random((2, T, G, J))
     arrays = {name: x.astype(np.float32) for name, x in arrays.items()}
     options = dict(chunk_size=C, **options)
+    if own:  # queries stand within the memory, and choose chunks before, at and after their place
+        options["index"] = np.tile(np.arange(T, dtype=np.int32) + N * C - T - 5, (2, 1))
     return arrays, -np.sort(-indices, axis=-1), normal(2, T, H, V).astype(np.float32), options
 
 
@@ -117,13 +121,16 @@ def all_chunks(monkeypatch):
 # ---------------------------------------------------------------- the oracle
 
 
-def loops(q, k, v, weights, indices, chunk_size, scale=None, off_by_one=False):
+def loops(q, k, v, weights, indices, chunk_size, scale=None, off_by_one=False, index=None):
     """The definition, one query and head at a time."""
     (B, T, H, K), G = q.shape, k.shape[2]
     o = np.zeros((B, T, H, v.shape[-1]))
     scale = K**-0.5 if scale is None else scale
 
     def attend(b, t, h, g, keys):
+        keys = keys if index is None else keys[keys <= index[b, t]]
+        if not keys.size:
+            return 0
         logits = scale * k[b, keys, g] @ q[b, t, h]
         base = max(logits.max(), 0)
         p = np.exp(logits - base)
@@ -200,7 +207,8 @@ def interpreted(monkeypatch):
 @pytest.mark.parametrize(
     "name, dtype",
     [pytest.param(name, dtype, marks=() if (name, dtype) in TPU else pytest.mark.slow)
-     for name, dtype in [*((name, "float32") for name in CASES if name != "no-memory"),
+     for name, dtype in [*((name, "float32") for name in CASES
+                         if name != "no-memory" and "own" not in name),
                          ("16-to-1", "bfloat16"), ("joint-groups", "bfloat16")]],
 )
 def test_tpu_is_the_reference(name, dtype, interpreted):
@@ -212,6 +220,7 @@ def test_tpu_is_the_reference(name, dtype, interpreted):
 @pytest.mark.parametrize(
     "change, reason",
     [
+        (dict(index=True), "sees whole chunks, and takes no index"),
         (dict(q_dtype="float32"), "all bfloat16 or all float32, got float32, bfloat16, bfloat16"),
         (dict(chunk_size=24), "chunk_size a multiple of 16, got 24"),
         (dict(J=200), "at most 128 slots, got 200"),
@@ -221,10 +230,12 @@ def test_tpu_is_the_reference(name, dtype, interpreted):
 )
 def test_what_the_tpu_kernels_refuse(change, reason, interpreted):
     change = dict(change)
-    dtype = change.pop("q_dtype", "bfloat16")
+    dtype, index = change.pop("q_dtype", "bfloat16"), change.pop("index", None)
     shape = SHAPES["hsa-240m"]._replace(**dict(T=24 * 64) | change)
     arrays = shape.arrays(B=1)
     arrays["q"] = jax.ShapeDtypeStruct(arrays["q"].shape, dtype)
+    if index:
+        arrays["index"] = jax.ShapeDtypeStruct(arrays["q"].shape[:2], "int32")
     with pytest.raises(NotImplementedError, match=reason):
         jax.eval_shape(functools.partial(
             chunk_sparse_attention, chunk_size=shape.chunk_size, implementation="tpu"), **arrays)
@@ -263,7 +274,7 @@ def test_gradients_are_the_same_bits_every_time():
     assert all(np.array_equal(first[key], second[key]) for key in first)
 
 
-@pytest.mark.parametrize("name", ["groups-of-2", "joint-off-by-one", "no-chunk"])
+@pytest.mark.parametrize("name", ["groups-of-2", "joint-off-by-one", "no-chunk", "own-chunk"])
 def test_chunks_already_fetched(name):
     """The same, with its gradients, of chunks gathered outside; empty slots hold anything."""
     arrays, indices, do, options = make(name, **CASES[name])
@@ -317,6 +328,7 @@ VALID = dict(q=ones(2, 5, 4, 3), k=ones(2, 8, 2, 3), v=ones(2, 8, 2, 6), chunk_s
         (dict(indices=np.zeros((2, 5, 1, 1), np.int32)), r"indices must be \[2, 5, 2, 1\]"),
         (dict(indices=ones(2, 5, 2, 1)), "indices must be integers, got float32"),
         (dict(weights=ones(2, 5, 2, 2)), r"weights must be \[2, 5, 2, 1\]"),
+        (dict(index=np.zeros((2, 4), int)), r"index must be \[2, 5\]"),
         (dict(indices=np.full((2, 5, 2, 1), 2, np.int32)), "chunks from 0 to 1.*from 2 to 2"),
         (dict(indices=np.full((2, 5, 2, 1), -2, np.int32)), "from -2 to -2"),
         (dict(chunk_size=3), "whole chunks, got 8 keys and chunk_size 3"),

@@ -2,7 +2,7 @@
 
     python tests/parity/make_golden.py --hypenet=PATH/hybrid-linear-attention
 
-Qwen3, Llama, GLM-4 and Qwen3-Next's linear layer are those of `transformers`. HypeNet is the
+Qwen3, Llama, GLM-4 and the layers of Qwen3-Next and Mamba-2 are those of `transformers`. HypeNet is the
 authors' code (thunlp/hybrid-linear-attention), run from a clone on the CPU: its two kernels are
 replaced by the recurrence they stand for, and its cast of scaled queries to bfloat16 is undone.
 Both need the `parity` extra and einops.
@@ -14,6 +14,7 @@ import pathlib
 import sys
 import types
 
+import mamba2
 import numpy as np
 import qwen3_next
 from named_weights import Sizes, random_weights
@@ -34,6 +35,7 @@ def main():
     rng = np.random.default_rng(0)
     write("qwen3", QWEN3, rng, lambda weights: {"": qwen3_with(QWEN3, weights)})
     write_qwen3_next(np.random.default_rng(0))
+    write_mamba2(np.random.default_rng(0))
     for name in GOLDEN:
         write_published(name, np.random.default_rng(0))
     if clone:
@@ -106,6 +108,19 @@ def write_qwen3_next(rng):
     rule = {f"rule {name}": a for name, a in arrays.items()}
     path = HERE / "qwen3_next.npz"
     np.savez_compressed(path, x=x, y=y, **layer, **rule, **results)
+    print(f"{path}: {path.stat().st_size:,} bytes")
+
+
+def write_mamba2(rng):
+    import torch
+
+    weights = mamba2.random_weights(mamba2.Sizes(), rng)
+    x = rng.normal(size=(2, LENGTH, mamba2.Sizes().width)).astype(np.float32)
+    with torch.no_grad():
+        y = mamba2.layer_with(mamba2.Sizes(), weights)(torch.tensor(x)).numpy()
+    path = HERE / "mamba2.npz"
+    halves = {name: w.astype(np.float16) for name, w in weights.items()}
+    np.savez_compressed(path, x=x, y=y, **halves)
     print(f"{path}: {path.stat().st_size:,} bytes")
 
 

@@ -22,9 +22,11 @@ LLAMA3 = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=32,
 )
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32)
 MODELS = {  # name -> (class in transformers, what its config adds to SHAPE)
     "qwen3": ("Qwen3", dict(num_hidden_layers=3, rope_theta=1e6, tie_word_embeddings=True)),
     "qwen3-untied": ("Qwen3", dict(num_key_value_heads=1, tie_word_embeddings=False)),
+    "qwen3-yarn": ("Qwen3", dict(rope_scaling=YARN)),
     "llama": ("Llama", dict(rope_theta=5e5, rope_scaling=LLAMA3)),
     "llama-plain": ("Llama", dict(num_key_value_heads=4, head_dim=6, tie_word_embeddings=True)),
     "llama-interpolated": ("Llama", dict(rope_scaling=dict(rope_type="linear", factor=2.0))),

@@ -4,6 +4,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import mamba2
 import numpy as np
 import pytest
 from make_golden import HYPENET, LOGIT_BASE, QWEN3
@@ -11,6 +12,7 @@ from named_weights import decoder_with
 from qwen3_next import Sizes, mixer_with
 
 from hybridjax.mixers.base import Context
+from hybridjax.mixers.mamba2 import Mamba2
 from hybridjax.models.decoder import Decoder
 from pallas_kernels.gated_delta_rule import gated_delta_rule
 
@@ -58,3 +60,13 @@ def test_the_layer_is_that_of_published_code(qwen3_next):
     x, mixer = qwen3_next["x"], mixer_with(Sizes(), part(qwen3_next, "layer "))
     y = jax.jit(type(mixer).__call__)(mixer, x, Context.of_rows(x[..., 0]))
     np.testing.assert_allclose(y, qwen3_next["y"], atol=1e-4, rtol=1e-4)
+
+
+def test_mamba2_is_that_of_published_code():
+    with np.load(HERE / "mamba2.npz") as file:
+        golden = dict(file)
+    x, y = golden.pop("x"), golden.pop("y")
+    actual = jax.jit(Mamba2.__call__)(
+        mamba2.mixer_with(mamba2.Sizes(), golden), x, Context.of_rows(x[..., 0])
+    )
+    np.testing.assert_allclose(actual, y, atol=1e-4, rtol=1e-4)
