@@ -75,7 +75,8 @@ YARN = {  # theta, options besides the factor 4 from 512 positions; what `transf
     ),
     "given": (
         1e6, dict(beta_fast=16, beta_slow=2, attention_factor=1.5),
-        [1, 0.13337095, 0.015811389, 1.4058533e-3, 2.5e-4, 4.4456985e-5, 7.9056936e-6, 1.4058534e-6],
+        [1, 0.13337095, 0.015811389, 1.4058533e-3, 2.5e-4, 4.4456985e-5, 7.9056936e-6,
+         1.4058534e-6],
         1.5,
     ),
 }  # fmt: skip
