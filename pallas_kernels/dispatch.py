@@ -14,6 +14,15 @@ def target_platform() -> str:
     return "gpu" if platform in ("cuda", "rocm") else platform
 
 
+def target_kind() -> str:
+    """The kind of device compiled for, such as "TPU v5p" or "NVIDIA H200"."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        device = jax.config.jax_default_device or jax.devices()[0]
+        device = jax.devices(device)[0] if isinstance(device, str) else device
+    return device.device_kind
+
+
 @dataclasses.dataclass(frozen=True)
 class Dispatch:
     """The implementations of one op.

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 
 def at_borders(
@@ -33,6 +33,15 @@ def cut_at_borders(segments, before, after, read, write, keep):
     read = jnp.where(real & (segments == before), read, 0)
     write = jnp.where(real & (segments == after), write, 0)
     return read, write, jnp.where(before == after, keep, 0)
+
+
+def first_of_document(tokens: Int[Array, "*B C"]) -> Float[Array, "*B C"]:
+    """Where in its chunk the document of each token begins; C for padding."""
+    C = tokens.shape[-1]
+    begins = tokens[..., 1:] != tokens[..., :-1]
+    begins = jnp.pad(begins, [(0, 0)] * (tokens.ndim - 1) + [(1, 0)])
+    first = jax.lax.cummax(jnp.where(begins, np.arange(C), 0), axis=tokens.ndim - 1)
+    return jnp.where(tokens != 0, first, C).astype(jnp.float32)
 
 
 def to_compare(segments: Int[Array, "*B C"]) -> Int[Array, "*B 2 C"]:

@@ -7,13 +7,12 @@ warpgroup's. Operands of products are bf16, sums f32.
 import inspect
 import re
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.dispatch import target_platform
+from pallas_kernels.dispatch import target_kind, target_platform
 
 C = 64  # tokens per chunk, the rows of a product
 COLUMNS = 64  # of a tile: a swizzle of 128 bytes
@@ -28,13 +27,9 @@ def refuse_target():
     """Raises NotImplementedError unless what is compiled for is a Hopper GPU."""
     if target_platform() != "gpu":
         raise NotImplementedError(f"serves GPU only, the target is {target_platform()}")
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None:
-        device = jax.config.jax_default_device or jax.devices()[0]
-        device = jax.devices(device)[0] if isinstance(device, str) else device
-    if not re.search(r"\bG?H(100|200|800|20)\b", device.device_kind):
+    if not re.search(r"\bG?H(100|200|800|20)\b", kind := target_kind()):
         raise NotImplementedError(
-            f"serves Hopper only (compute capability 9.0), the target is {device.device_kind}")
+            f"serves Hopper only (compute capability 9.0), the target is {kind}")
 
 
 def tile(*shape):

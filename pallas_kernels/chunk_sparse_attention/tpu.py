@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.chunk_sparse_attention import tpu_kernels
-from pallas_kernels.chunk_sparse_attention.tpu_kernels import LANES, Plan
-from pallas_kernels.dispatch import target_platform
+from pallas_kernels.chunk_sparse_attention.tpu_kernels import Plan
+from pallas_kernels.dispatch import target_kind, target_platform
+from pallas_kernels.mosaic_tpu import LANES
 
 _TILE = 128  # queries: whole lanes of slots, whatever their number
 _SLACK = 16 * 2**20  # bytes of VMEM for what the compiler keeps there
@@ -65,9 +66,7 @@ def _vmem(S, R, K, V, dtype):
 
 def _capacity():
     """Bytes of VMEM that a kernel of the target may use."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    kind = device.device_kind if device is not None else jax.devices()[0].device_kind
-    return (56 if kind.startswith(("TPU7", "TPU v7")) else 112) * 2**20
+    return (56 if target_kind().startswith(("TPU7", "TPU v7")) else 112) * 2**20
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

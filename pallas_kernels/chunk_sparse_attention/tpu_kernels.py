@@ -16,7 +16,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128
+from pallas_kernels.mosaic_tpu import LANES, NN, NT, TN, call, dot
+
 _NEVER = -1e30  # added to logits of empty slots
 
 
@@ -35,16 +36,6 @@ class Plan:
     def together(self):
         """Queries of the forward pass that fill each other's latencies: about 32 slots."""
         return min(self.tile, 1 << (max(1, 32 // self.J).bit_length() - 1))
-
-
-def _dot(a, b, contract):
-    """A product of matrices in f32; `contract` names a dimension of each."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())),
-                           precision=precision, preferred_element_type=jnp.float32)
-
-
-_NN, _NT, _TN = (1, 0), (1, 1), (0, 0)
 
 
 class _Slots:
@@ -85,11 +76,11 @@ def _forward_kernel(plan, indices_ref, *refs):
 
     def query(t):
         slots, q = _Slots(plan, t, indices_ref, weights_ref), q_ref[0, 0, t]
-        logits = [plan.scale * _dot(q, k_ref[0, 0, i], _NT) for i in slots.chunk]
+        logits = [plan.scale * dot(q, k_ref[0, 0, i], NT) for i in slots.chunk]
         o = jnp.zeros(o_ref.shape[3:], jnp.float32)
         p = _probabilities(plan, logits, slots.real)
         for x, w, i in zip(p, slots.weight, slots.chunk, strict=True):
-            o += _dot((w * x).astype(v_ref.dtype), v_ref[0, 0, i], _NN)
+            o += dot((w * x).astype(v_ref.dtype), v_ref[0, 0, i], NN)
         o_ref[0, 0, t] = o.astype(o_ref.dtype)
 
     def queries(i, _):
@@ -112,9 +103,9 @@ def _backward_kernel(plan, indices_ref, *refs):
     def query(t, _):
         slots = _Slots(plan, t, indices_ref, weights_ref)
         q, do = q_ref[0, 0, t], do_ref[0, 0, t]
-        logits = [plan.scale * _dot(q, k_ref[0, 0, i], _NT) for i in slots.chunk]
+        logits = [plan.scale * dot(q, k_ref[0, 0, i], NT) for i in slots.chunk]
         p = _probabilities(plan, logits, slots.real)
-        dp = [_dot(do, v_ref[0, 0, i], _NT) for i in slots.chunk]
+        dp = [dot(do, v_ref[0, 0, i], NT) for i in slots.chunk]
         d = [jnp.sum(x * y, axis=1, keepdims=True) for x, y in zip(p, dp, strict=True)]
         if plan.joint:
             d = [functools.reduce(jnp.add, d)] * plan.J
@@ -124,9 +115,9 @@ def _backward_kernel(plan, indices_ref, *refs):
         for j, i in enumerate(slots.chunk):
             weighted = slots.weight[j] * p[j]
             ds = (plan.scale * weighted * (dp[j] - d[j])).astype(q.dtype)
-            dq += _dot(ds, k_ref[0, 0, i], _NN)
-            dk_ref[0, 0, i] += _dot(ds, q, _TN)
-            dv_ref[0, 0, i] += _dot(weighted.astype(do.dtype), do, _TN)
+            dq += dot(ds, k_ref[0, 0, i], NN)
+            dk_ref[0, 0, i] += dot(ds, q, TN)
+            dv_ref[0, 0, i] += dot(weighted.astype(do.dtype), do, TN)
         dq_ref[0, 0, t] = dq.astype(dq_ref.dtype)
         return 0
 
@@ -154,26 +145,13 @@ def _specs(plan, q, k, v):
                 dweights=pl.BlockSpec((1, 1, plan.tile, LANES), lambda b, g, t: (b, g, t, 0)))
 
 
-def _call(kernel, plan, inputs, outputs, arrays, shapes, specs, name):
-    B, G, T = shapes[0].shape[:3]
-    return pl.pallas_call(
-        functools.partial(kernel, plan),
-        grid=(B, G, T // plan.tile),
-        in_specs=[specs[x] for x in ["slots"] * (2 - plan.joint) + inputs],
-        out_specs=[specs[x] for x in outputs],
-        out_shape=shapes,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=plan.vmem),
-        name=name,
-    )(*arrays)
-
-
 def forward(plan, q, k, v, slots):
     """Of q [B, G, T, R, K], k, v [B, G, N, C, ...] and slots [B, G, 1, T J]: o [B, G, T, R, V]."""
     shapes = [jax.ShapeDtypeStruct((*q.shape[:4], v.shape[-1]), v.dtype)]
-    return _call(_forward_kernel, plan, ["K", "k", "v"], ["V"], [*slots, q, k, v], shapes,
-                 _specs(plan, q, k, v), "chunk_sparse_attention_forward")[0]
+    inputs = ["slots"] * len(slots) + ["K", "k", "v"]
+    return call(functools.partial(_forward_kernel, plan), "chunk_sparse_attention_forward",
+                _specs(plan, q, k, v), inputs, ["V"], [*slots, q, k, v], shapes, _grid(plan, q),
+                vmem_limit_bytes=plan.vmem)[0]
 
 
 def backward(plan, q, k, v, slots, do):
@@ -183,5 +161,12 @@ def backward(plan, q, k, v, slots, do):
     if not plan.joint:
         shapes.append(jax.ShapeDtypeStruct((*q.shape[:3], LANES), jnp.float32))
         outputs.append("dweights")
-    return _call(_backward_kernel, plan, ["K", "k", "v", "V"], outputs, [*slots, q, k, v, do],
-                 shapes, _specs(plan, q, k, v), "chunk_sparse_attention_backward")
+    inputs = ["slots"] * len(slots) + ["K", "k", "v", "V"]
+    return call(functools.partial(_backward_kernel, plan), "chunk_sparse_attention_backward",
+                _specs(plan, q, k, v), inputs, outputs, [*slots, q, k, v, do], shapes,
+                _grid(plan, q), vmem_limit_bytes=plan.vmem)
+
+
+def _grid(plan, q):
+    B, G, T = q.shape[:3]
+    return B, G, T // plan.tile

@@ -18,8 +18,8 @@ from pallas_kernels.chunk_topk.gradient import with_gradient
 from pallas_kernels.chunk_topk.noise import gumbel
 from pallas_kernels.chunk_topk.xla import latest_first
 from pallas_kernels.dispatch import target_platform
+from pallas_kernels.mosaic_tpu import LANES, NT, as_column, dot
 
-LANES = 128
 _BLOCK = 512  # chunks
 _LARGEST_WIDTH = 4096  # of a block of landmarks in VMEM
 _LARGEST_K = 128
@@ -132,13 +132,13 @@ def _kernel(plan, blocks_ref, ended_ref, *refs):
     @pl.when(n < blocks_ref[b * pl.num_programs(2) + t])
     def _():
         ids = n * plan.block + lax.broadcasted_iota(jnp.int32, (plan.block, LANES), 0)
-        choice = plan.scale * _dot(landmarks_ref[0, 0], q_ref[0, 0])
+        choice = plan.scale * dot(landmarks_ref[0, 0], q_ref[0, 0], NT)
         if plan.noisy:
             choice += gumbel(words[0][0, 0], ids)
         visible = ids < ended_ref[0]
         if plan.packed:
             segment_ref, chunk_segment_ref = segments
-            visible &= _column(chunk_segment_ref[0]) == segment_ref[0]
+            visible &= as_column(chunk_segment_ref[0]) == segment_ref[0]
         choice = jnp.where(visible, choice, -jnp.inf)
         largest = jnp.max(choice, axis=0, keepdims=True)
         least = choice_ref[0, 0, plan.k - 1:plan.k]
@@ -149,14 +149,3 @@ def _kernel(plan, blocks_ref, ended_ref, *refs):
             pool_ref[:plan.block], ids_ref[:plan.block] = choice, ids
             pool_ref[plan.block:], ids_ref[plan.block:] = choice_ref[0, 0], indices_ref[0, 0]
             lax.fori_loop(0, plan.k, take_largest, 0)
-
-
-def _dot(landmarks, q):
-    """[chunks, queries] in f32."""
-    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return lax.dot_general(landmarks, q, (((1,), (1,)), ((), ())), precision=precision,
-                           preferred_element_type=jnp.float32)
-
-
-def _column(row):
-    return jnp.broadcast_to(row, (LANES, row.shape[1])).T

@@ -9,14 +9,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 
 from pallas_kernels.dispatch import target_platform
-from pallas_kernels.documents import at_borders, cut_at_borders
+from pallas_kernels.documents import at_borders, cut_at_borders, first_of_document
 from pallas_kernels.gated_delta_rule import tpu_kernels, xla
 from pallas_kernels.gated_delta_rule.chunks import running_sums
-from pallas_kernels.gated_delta_rule.tpu_kernels import LANES, Plan
+from pallas_kernels.gated_delta_rule.tpu_kernels import Plan
+from pallas_kernels.mosaic_tpu import LANES, flat
 
 
 def gated_delta_rule(q, k, v, beta, decay, *, scale, initial_state, segments, output_final_state,
@@ -37,7 +36,7 @@ def gated_delta_rule(q, k, v, beta, decay, *, scale, initial_state, segments, ou
     q = jnp.repeat(q, plan.queries * groups // Hq, axis=2)
     k = jnp.repeat(k, plan.keys * groups // Hk, axis=2)
     # A product of the matrix unit rounds to v's dtype whatever it is given.
-    arrays = [_flat(x.astype(v.dtype), plan.block) for x in (q, k, v)]
+    arrays = [flat(x.astype(v.dtype), plan.block) for x in (q, k, v)]
     padded = lambda x: jnp.pad(x, ((0, 0), (0, -T % plan.block), (0, 0))).astype(jnp.float32)
     decay = jnp.zeros_like(beta) if decay is None else decay
     if initial_state is None:
@@ -72,13 +71,6 @@ def _per_step(shared, heads, H):
     return 1 if H // shared % heads == 0 else heads
 
 
-def _flat(x, block):
-    """[B, T, H, K] -> [B, T, H K]; T padded with zeros to blocks, K to lanes."""
-    B, T, H, K = x.shape
-    x = jnp.pad(x, ((0, 0), (0, -T % block), (0, 0), (0, -K % LANES)))
-    return x.reshape(B, T + -T % block, -1)
-
-
 def _weights(plan, beta, decay, segments):
     """beta, decay and documents as the kernels read them: rows [B, N, H / heads, rows, C]."""
     in_chunks = lambda x: jnp.moveaxis(x.reshape(len(x), -1, plan.chunk, x.shape[-1]), 2, 3)
@@ -100,19 +92,10 @@ def _weights(plan, beta, decay, segments):
     rows = jnp.moveaxis(rows.reshape(B, N, len(groups), H // plan.heads, plan.heads, C), 2, 3)
     rows = rows.reshape(B, N, H // plan.heads, -1, C)
     if segments is not None:
-        first = jnp.broadcast_to(_first_of_document(tokens)[..., None, :],
+        first = jnp.broadcast_to(first_of_document(tokens)[..., None, :],
                                  (*rows.shape[:3], 1, C))
         rows = jnp.concatenate([rows, first], axis=3)
     return rows
-
-
-def _first_of_document(tokens):
-    """Where in its chunk a token's document begins, C for padding: [B, N, 1, C] in f32."""
-    C = tokens.shape[-1]
-    begins = tokens[..., 1:] != tokens[..., :-1]
-    begins = jnp.pad(begins, [(0, 0)] * (tokens.ndim - 1) + [(1, 0)])
-    first = lax.cummax(jnp.where(begins, np.arange(C), 0), axis=tokens.ndim - 1)
-    return jnp.where(tokens != 0, first, C).astype(jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -26,9 +26,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.gated_delta_rule.tpu_triangular import NN, NT, dot, lockstep, unit_lower_inverse
-
-LANES = 128
+from pallas_kernels.gated_delta_rule.tpu_triangular import lockstep, unit_lower_inverse
+from pallas_kernels.mosaic_tpu import LANES, NN, NT, call, dot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,20 +297,6 @@ def _specs(plan, K, V, block_of):
     )
 
 
-def _call(kernel, specs, inputs, outputs, arrays, shapes, grid, name, scratch):
-    return pl.pallas_call(
-        kernel,
-        grid=grid,
-        in_specs=[specs[name] for name in inputs],
-        out_specs=[specs[name] for name in outputs],
-        out_shape=shapes,
-        scratch_shapes=scratch,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary")),
-        name=name,
-    )(*arrays)
-
-
 def forward(plan, rows, q, k, v, initial_state, keep_states):
     B, T, _ = q.shape
     _, H, K, V = initial_state.shape
@@ -323,11 +308,11 @@ def forward(plan, rows, q, k, v, initial_state, keep_states):
     if keep_states:
         shapes.append(jax.ShapeDtypeStruct((B, blocks, H, K, V), jnp.float32))
         outputs.append("states")
-    return _call(
-        functools.partial(_forward_kernel, plan, K, V, keep_states),
+    return call(
+        functools.partial(_forward_kernel, plan, K, V, keep_states), "gated_delta_rule_forward",
         _specs(plan, K, V, lambda n: n), ["rows", "q", "k", "v", "state"], outputs,
         [rows, q, k, v, initial_state], shapes, (G, B, blocks),
-        "gated_delta_rule_forward", [_columns(plan), _inverses(plan, k.dtype)])
+        [_columns(plan), _inverses(plan, k.dtype)])
 
 
 def backward(plan, rows, q, k, v, do, dstate, states):
@@ -344,12 +329,11 @@ def backward(plan, rows, q, k, v, do, dstate, states):
         _inverses(plan, k.dtype), per_chunk(plan.chunk, V), per_chunk(K, V),
         pltpu.VMEM((plan.heads, K, V), jnp.float32),
     ]
-    return _call(
-        functools.partial(_backward_kernel, plan, K, V),
+    return call(
+        functools.partial(_backward_kernel, plan, K, V), "gated_delta_rule_backward",
         _specs(plan, K, V, lambda n: blocks - 1 - n),
         ["rows", "q", "k", "v", "o", "state", "states"], ["q", "k", "v", "dweights", "state"],
-        [rows, q, k, v, do, dstate, states], shapes, (G, B, blocks),
-        "gated_delta_rule_backward", scratch)
+        [rows, q, k, v, do, dstate, states], shapes, (G, B, blocks), scratch)
 
 
 def _columns(plan):

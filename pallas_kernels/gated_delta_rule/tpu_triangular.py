@@ -10,15 +10,9 @@ import itertools
 import jax.numpy as jnp
 from jax import lax
 
-NN, NT = (1, 0), (1, 1)  # which dimension of each matrix a product sums over
+from pallas_kernels.mosaic_tpu import NN, dot
+
 _BLOCK = 16
-
-
-def dot(a, b, contract):
-    """A product of matrices in f32; `contract` names a dimension of each."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())),
-                           precision=precision, preferred_element_type=jnp.float32)
 
 
 def lockstep(chains):

@@ -14,10 +14,12 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from pallas_kernels.dispatch import target_platform
+from pallas_kernels.dispatch import target_kind, target_platform
+from pallas_kernels.documents import first_of_document
 from pallas_kernels.linear_attention import tpu_kernels
 from pallas_kernels.linear_attention.chunks import in_chunks, running_sum, within_documents
-from pallas_kernels.linear_attention.tpu_kernels import LANES, Plan
+from pallas_kernels.linear_attention.tpu_kernels import Plan
+from pallas_kernels.mosaic_tpu import LANES, flat
 
 
 def linear_attention(q, k, v, decay, *, scale, initial_state, segments, output_final_state,
@@ -33,7 +35,7 @@ def linear_attention(q, k, v, decay, *, scale, initial_state, segments, output_f
     if isinstance(scale, jax.core.Tracer):
         raise NotImplementedError("needs a scale known at compile time")
     plan = _plan(T, H, K, V, q.dtype, scale, decay, segments, chunk_size)
-    padded = [_flat(x, plan.block) for x in (q, k, v)]
+    padded = [flat(x, plan.block) for x in (q, k, v)]
     if initial_state is None:
         initial_state = jnp.zeros((B, H, K, V), jnp.float32)
     initial_state = jnp.pad(initial_state.astype(jnp.float32),
@@ -45,7 +47,8 @@ def linear_attention(q, k, v, decay, *, scale, initial_state, segments, output_f
 
 
 def _plan(T, H, K, V, dtype, scale, decay, segments, chunk_size):
-    wide = dtype == jnp.bfloat16 and _matrix_unit() == 256
+    matrix_unit = 256 if target_kind().startswith(("TPU v6", "TPU7", "TPU v7")) else 128
+    wide = dtype == jnp.bfloat16 and matrix_unit == 256
     chunk = chunk_size or min(256 if wide else 128, max(16, 1 << (T - 1).bit_length()))
     if chunk % 16 or chunk > 256:
         raise NotImplementedError(f"needs chunk_size a multiple of 16 up to 256, got {chunk}")
@@ -57,20 +60,6 @@ def _plan(T, H, K, V, dtype, scale, decay, segments, chunk_size):
     chunks = min(most_chunks, max(1, 128 * most_chunks // chunk), math.ceil(T / chunk))
     return Plan(heads, chunk, chunks, scale, decay.ndim == 3, segments is not None,
                 dtype == jnp.float32)
-
-
-def _matrix_unit():
-    """The width of the target's matrix units."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    kind = device.device_kind if device is not None else jax.devices()[0].device_kind
-    return 256 if kind.startswith(("TPU v6", "TPU7", "TPU v7")) else 128
-
-
-def _flat(x, block):
-    """[B, T, H, K] -> [B, T, H K]; T padded with zeros to blocks, K to lanes."""
-    B, T, H, K = x.shape
-    x = jnp.pad(x, ((0, 0), (0, -T % block), (0, 0), (0, -K % LANES)))
-    return x.reshape(B, T + -T % block, -1)
 
 
 def _running_decay(decay, plan, T, segments):
@@ -111,7 +100,7 @@ def _weights(plan, decay, total, rest, segments):
     rows = rows.transpose(1, 4, 2, 0, 3, 5)
     rows = rows.reshape(*rows.shape[:3], -1, plan.chunk)
     if plan.packed:
-        first = jnp.moveaxis(_first_of_document(segments), 1, 2)[:, :, None]
+        first = jnp.moveaxis(first_of_document(segments), 1, 2)[:, :, None]
         first = jnp.broadcast_to(first, (*rows.shape[:3], 1, plan.chunk))
         rows = jnp.concatenate([rows, first], axis=3)
     if plan.token_decay:
@@ -120,16 +109,6 @@ def _weights(plan, decay, total, rest, segments):
     distance = i[:, None] - i
     decay = decay.astype(jnp.float32)[:, None, None]
     return rows, plan.scale * jnp.exp(jnp.where(distance >= 0, decay * distance, -jnp.inf))
-
-
-def _first_of_document(segments):
-    """Where in its chunk a token's document begins, C for padding: [B, 1, N, C] in f32."""
-    C = segments.shape[-1]
-    i = np.arange(C)
-    begins = segments[..., 1:] != segments[..., :-1]
-    begins = jnp.pad(begins, ((0, 0), (0, 0), (0, 0), (1, 0)))
-    first = lax.cummax(jnp.where(begins, i, 0), axis=3)
-    return jnp.where(segments != 0, first, C).astype(jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -24,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128
+from pallas_kernels.mosaic_tpu import LANES, NN, NT, as_column, call, dot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,16 +60,6 @@ class Plan:
     def weights(self):
         """The number of arrays of weights."""
         return 1 if self.token_decay else 2
-
-
-def _dot(a, b, contract):
-    """A product of matrices in f32; `contract` names a dimension of each."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())),
-                           precision=precision, preferred_element_type=jnp.float32)
-
-
-_NN, _NT = (1, 0), (1, 1)
 
 
 class _Chunk:
@@ -130,10 +120,10 @@ def _chunks_of_step(plan, names, weights_refs, columns_ref):
             for name in names:
                 for head in range(plan.heads):
                     at = plan.row(name, head)
-                    columns_ref[index, at] = _column(rows_ref[0, index, 0, at:at + 1])
+                    columns_ref[index, at] = as_column(rows_ref[0, index, 0, at:at + 1])
             if plan.packed:
                 at = plan.row("first")
-                columns_ref[index, at] = _column(rows_ref[0, index, 0, at:at + 1])
+                columns_ref[index, at] = as_column(rows_ref[0, index, 0, at:at + 1])
 
     step, last = pl.program_id(2), pl.num_programs(2) - 1
     if plan.token_decay or plan.packed:
@@ -142,10 +132,6 @@ def _chunks_of_step(plan, names, weights_refs, columns_ref):
         pl.when((step <= 1) | (step == last))(fill)
     return [_Chunk(plan, index, rows_ref, columns_ref, *(intra_ref or [None]))
             for index in range(plan.chunks)]
-
-
-def _column(row):
-    return jnp.broadcast_to(row, (LANES, row.shape[1])).T
 
 
 def _forward_kernel(plan, K, V, keep_states, *refs):
@@ -162,13 +148,13 @@ def _forward_kernel(plan, K, V, keep_states, *refs):
         for head in range(plan.heads):
             at_k, at_v = chunk.at(head, K), chunk.at(head, V)
             q, k, v, state = q_ref[at_k], k_ref[at_k], v_ref[at_v], state_ref[0, head]
-            p = (_dot(q, k, _NT) * chunk.intra(head)).astype(v.dtype)
-            o = _dot(p, v, _NN)
-            o += chunk.column("read", head, V) * _dot(q, state.astype(q.dtype), _NN)
+            p = (dot(q, k, NT) * chunk.intra(head)).astype(v.dtype)
+            o = dot(p, v, NN)
+            o += chunk.column("read", head, V) * dot(q, state.astype(q.dtype), NN)
             o_ref[at_v] = o.astype(o_ref.dtype)
             k_written = chunk.transposed(k, "write", head)
             kept = chunk.keep(head) * state_ref[0, head]  # read again: fewer registers
-            state_ref[0, head] = kept + _dot(k_written, v, _NN)
+            state_ref[0, head] = kept + dot(k_written, v, NN)
 
 
 def _backward_kernel(plan, K, V, decay_gradient, *refs):
@@ -186,7 +172,7 @@ def _backward_kernel(plan, K, V, decay_gradient, *refs):
         state_ref[0, head] = state.astype(state_ref.dtype)
         for index, chunk in enumerate(chunks[:-1]):
             k_written = chunk.transposed(k_ref[chunk.at(head, K)], "write", head)
-            state = chunk.keep(head) * state + _dot(k_written, v_ref[chunk.at(head, V)], _NN)
+            state = chunk.keep(head) * state + dot(k_written, v_ref[chunk.at(head, V)], NN)
             state_ref[index + 1, head] = state.astype(state_ref.dtype)
     for index, chunk in reversed(list(enumerate(chunks))):
         for head in range(plan.heads):
@@ -197,16 +183,16 @@ def _backward_kernel(plan, K, V, decay_gradient, *refs):
             write = functools.partial(chunk.column, "write", head)
             narrow = dstate.astype(q.dtype)
             intra = chunk.intra(head)
-            p, e = _dot(q, k, _NT) * intra, _dot(do, v, _NT)
+            p, e = dot(q, k, NT) * intra, dot(do, v, NT)
             moments = p * e if decay_gradient else None
             p, e = p.astype(q.dtype), (e * intra).astype(q.dtype)
-            dv = _dot(p.T, do, _NN) + write(V) * _dot(k, narrow, _NN)
+            dv = dot(p.T, do, NN) + write(V) * dot(k, narrow, NN)
             dv_ref[at_v] = dv.astype(dv_ref.dtype)
-            dq_read, dk_write = read(K) * _dot(do, state, _NT), write(K) * _dot(v, narrow, _NT)
-            dq_ref[at_k] = (_dot(e, k, _NN) + dq_read).astype(dq_ref.dtype)
-            dk_ref[at_k] = (_dot(e.T, q, _NN) + dk_write).astype(dk_ref.dtype)
+            dq_read, dk_write = read(K) * dot(do, state, NT), write(K) * dot(v, narrow, NT)
+            dq_ref[at_k] = (dot(e, k, NN) + dq_read).astype(dq_ref.dtype)
+            dk_ref[at_k] = (dot(e.T, q, NN) + dk_write).astype(dk_ref.dtype)
             dkept = chunk.keep(head) * dstate
-            dstate_ref[0, head] = dkept + _dot(chunk.transposed(q, "read", head), do, _NN)
+            dstate_ref[0, head] = dkept + dot(chunk.transposed(q, "read", head), do, NN)
             if decay_gradient:
                 dtotal_ref[0][0, index, 0, head:head + 1] = _decay_gradient(
                     moments, dq_read * q, dk_write * k, jnp.sum(dkept * state))
@@ -250,20 +236,6 @@ def _specs(plan, B, T, H, K, V, weights, block_of):
     return specs, ["rows"] if intra is None else ["rows", "intra"]
 
 
-def _call(kernel, plan, specs, inputs, outputs, arrays, shapes, grid, name, scratch=()):
-    return pl.pallas_call(
-        kernel,
-        grid=grid,
-        in_specs=[specs[name] for name in inputs],
-        out_specs=[specs[name] for name in outputs],
-        out_shape=shapes,
-        scratch_shapes=scratch,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary")),
-        name=name,
-    )(*arrays)
-
-
 def forward(plan, q, k, v, initial_state, weights, keep_states):
     B, T, _ = q.shape
     _, H, K, V = initial_state.shape
@@ -275,11 +247,12 @@ def forward(plan, q, k, v, initial_state, weights, keep_states):
     if keep_states:
         shapes.append(jax.ShapeDtypeStruct((B, blocks, H, K, V), jnp.float32))
         outputs.append("states")
-    return _call(
-        functools.partial(_forward_kernel, plan, K, V, keep_states), plan, specs,
+    kernel = functools.partial(_forward_kernel, plan, K, V, keep_states)
+    return call(
+        kernel, "linear_attention_forward", specs,
         inputs + ["K", "K", "V", "state"], outputs,
         [x for x in weights if x is not None] + [q, k, v, initial_state], shapes,
-        (H // plan.heads, B, blocks), "linear_attention_forward", [_columns(plan)])
+        (H // plan.heads, B, blocks), [_columns(plan)])
 
 
 def backward(plan, q, k, v, do, dstate, states, weights, decay_gradient):
@@ -293,11 +266,12 @@ def backward(plan, q, k, v, do, dstate, states, weights, decay_gradient):
         shapes.append(jax.ShapeDtypeStruct(
             (B, T // plan.chunk, H // plan.heads, plan.heads, plan.chunk), jnp.float32))
         outputs.append("dtotal")
-    return _call(
-        functools.partial(_backward_kernel, plan, K, V, decay_gradient), plan, specs,
+    kernel = functools.partial(_backward_kernel, plan, K, V, decay_gradient)
+    return call(
+        kernel, "linear_attention_backward", specs,
         inputs + ["K", "K", "V", "V", "state", "states"], outputs,
         [x for x in weights if x is not None] + [q, k, v, do, dstate, states], shapes,
-        (H // plan.heads, B, blocks), "linear_attention_backward",
+        (H // plan.heads, B, blocks),
         [_columns(plan), pltpu.VMEM((plan.chunks, plan.heads, K, V), q.dtype)])
 
 

@@ -23,7 +23,7 @@ def test_xla(case, monkeypatch):
 @pytest.mark.parametrize("case", first(4))
 def test_tpu_interpreted(case, monkeypatch):
     monkeypatch.setattr(tpu, "target_platform", lambda: "tpu")
-    monkeypatch.setattr(tpu, "_matrix_unit", lambda: 128)
+    monkeypatch.setattr(tpu, "target_kind", lambda: "TPU v5p")
     with pltpu.force_tpu_interpret_mode(
             pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")):
         assert_is_the_oracle(case, "tpu")
@@ -49,7 +49,7 @@ def test_the_table_holds_every_pair():
 def test_what_the_tpu_kernels_refuse(options, reason, monkeypatch):
     options = dict(options)
     monkeypatch.setattr(tpu, "target_platform", lambda: options.get("platform", "tpu"))
-    monkeypatch.setattr(tpu, "_matrix_unit", lambda: 128)
+    monkeypatch.setattr(tpu, "target_kind", lambda: "TPU v5p")
     q = jnp.ones((1, 32, 2, 64), jnp.bfloat16)
 
     def call(scale):
