@@ -180,8 +180,12 @@ def draw(seeds: list[int]) -> None:
                 text.plot([x] * len(points), points, "o" if times == "1" else "x", color=f"C{i}")
         recall.set_xscale("log", base=2)
         recall.set_xticks([1, 2, 4, 8, 16, 32], ["1x", "2x", "4x", "8x", "16x", "32x"])
-        recall.set(xlabel="length / the teacher's", ylim=(-0.02, 1.02), title=f"{task} task")
+        recall.set(
+            xlabel="length / the teacher's", xlim=(0.9, 36), ylim=(-0.02, 1.02),
+            title=f"{task} task",
+        )  # fmt: skip
         recall.legend(frameon=False, fontsize=8)
+        text.set_xlim(-0.6, len(MODELS) - 0.4)
         text.set_xticks(range(len(MODELS)), [n.replace(" ", "\n") for n in MODELS], fontsize=8)
     axes[0][0].set_ylabel("needle exact match, median over seeds")
     axes[1][0].set_ylabel("bits per byte of text\n(o: 1x, x: 8x)")
