@@ -15,7 +15,9 @@ teacher tokens; the paper's 0.1 % of a large teacher's tokens is not a claim tha
 
 `1.7b`, `4b`, `8b` have the published budgets (2.36 B tokens; 91 A800 hours for 1.7b) for a
 converted Qwen3 in `--config.teacher`. Their selection asks our needle tests and next tokens of
-text, where the paper asks SQuAD, FDA, SWDE and three commonsense benchmarks;
+text, where the paper asks SQuAD, FDA, SWDE and three commonsense benchmarks; tasks of
+lm-evaluation-harness take their place where their data is there,
+`--config.select.commonsense="('hellaswag', 'arc_easy', 'arc_challenge')"` and `select.recall`.
 `--config.select.layers` takes a stack that was chosen elsewhere. Packed documents do not see each
 other, unlike in the official code. What their stages need, without a teacher at hand:
 

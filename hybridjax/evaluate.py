@@ -74,14 +74,12 @@ def report(workdir: str | os.PathLike) -> dict[str, Any]:
 
 def report_harness(workdir: str | os.PathLike) -> None:
     """Asks the newest checkpoint of a run the tasks that the flags name."""
-    try:
-        from hybridjax.evals import harness
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"--harness needs lm-evaluation-harness ({error}): pip install 'hybridjax[eval]'"
-        ) from error
-    run, given = open_run(workdir), flags.FLAGS
-    results = harness.measure(run, given.harness, given.task_folder, given.limit)
+    from hybridjax.evals import harness  # an extra
+
+    given = flags.FLAGS
+    tasks, run = harness.Tasks(given.harness, given.task_folder), open_run(workdir)
+    model = harness.HarnessModel(run.model, run.tokenizer, run.logit_base)
+    results = tasks.measure(model, given.limit)
     if jax.process_index() == 0:
         write_json(run.workdir / HARNESS, harness.summary(run, results))
         print(f"{harness.table(results)}\nnumbers: {run.workdir / HARNESS}")

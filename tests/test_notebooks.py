@@ -8,11 +8,15 @@ import pytest
 from nbclient import NotebookClient
 
 ROOT = pathlib.Path(__file__).parents[1]
-PARAMETERS = """
+HYPENET = """
 CONFIG = "tests/micro.py:micro"
 STEPS = 2
 STACK = "LA"
 RUNS = {runs!r}
+"""
+HALO = """
+CONFIG = "tests/halo/micro_halo.py:micro"
+RUN = {runs!r}
 """
 
 
@@ -30,21 +34,43 @@ def test_stored_without_outputs(path):
         assert cell.outputs == [] and cell.execution_count is None
 
 
-def test_hypenet(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-    # The second stack is the first one again, so that its programs are compiled already.
+@pytest.fixture
+def execute(tmp_path, monkeypatch):
+    """Runs a notebook with other parameters; gives its pictures and its text."""
+    folders = [ROOT, ROOT / "tests", ROOT / "tests" / "halo"]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)))
+    # Commands of one notebook run programs that others have compiled already.
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
-    book = notebook("hypenet.ipynb")
-    [parameters] = [c for c in book.cells if "parameters" in c.metadata.get("tags", ())]
-    parameters.source = PARAMETERS.format(runs=str(tmp_path))
-    resources = dict(metadata=dict(path=str(ROOT)))
-    NotebookClient(book, timeout=300, kernel_name="python3", resources=resources).execute()
-    shown = [out for cell in codes(book) for out in cell.outputs if out.output_type != "stream"]
-    assert len([out for out in shown if "image/png" in out.get("data", {})]) == 3
-    text = "".join(o.text for cell in codes(book) for o in cell.outputs if "text" in o)
+
+    def run(name, parameters):
+        book = notebook(name)
+        [cell] = [c for c in book.cells if "parameters" in c.metadata.get("tags", ())]
+        cell.source = parameters.format(runs=str(tmp_path))
+        resources = dict(metadata=dict(path=str(ROOT)))
+        NotebookClient(book, timeout=600, kernel_name="python3", resources=resources).execute()
+        outputs = [out for cell in codes(book) for out in cell.outputs]
+        pictures = [out for out in outputs if "image/png" in out.get("data", {})]
+        return pictures, "".join(out.text for out in outputs if "text" in out)
+
+    return run
+
+
+def test_hypenet(tmp_path, execute):
+    pictures, text = execute("hypenet.ipynb", HYPENET)
+    assert len(pictures) == 3
     for line in ("?q", "LA -> 1 x LA", "LLLALLLALLLALLLALLLALLLALLLALLLALLLA -> 9 x LLLA"):
         assert line in text, text
     for name in ("hybrid", "LA"):
         assert (tmp_path / name / "evaluation.json").exists()
+
+
+@pytest.mark.slow
+def test_halo(tmp_path, execute):
+    pictures, text = execute("halo.ipynb", HALO)
+    assert len(pictures) == 1
+    for line in ("layers kept: scores", "finetuned", "teacher, TT: 462 bytes ... ?q"):
+        assert line in text, text
+    assert "memory of a text of a million bytes: 128 MiB" in text  # 4 * 2^20 * 2 * 8 * 2 layers
+    assert (tmp_path / "halo.json").exists()

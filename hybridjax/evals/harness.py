@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness (the extra `eval`) on a run.
+"""Tasks of lm-evaluation-harness (the extra `eval`).
 
     python -m hybridjax.evaluate --workdir=runs/NAME --harness=hellaswag,arc_easy
 
@@ -13,29 +13,38 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import lm_eval
 import numpy as np
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.tasks import TaskManager
-from lm_eval.utils import make_table
 
 from hybridjax.config import UserError
+from hybridjax.data.tokenizer import Tokenizer
 from hybridjax.evals.completion import complete
 from hybridjax.evals.likelihood import Request, log_likelihoods
 from hybridjax.files import reason
+from hybridjax.models.decoder import Decoder
 from hybridjax.workdir import Run
 
+try:
+    import lm_eval
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import make_table
+except ModuleNotFoundError as error:
+    raise UserError(
+        f"tasks need lm-evaluation-harness ({error}): pip install 'hybridjax[eval]'"
+    ) from error
+
+SCORES = ("acc_norm", "acc", "contains", "exact_match", "f1")  # shares, more is better
 BOOTSTRAPS = 1000  # draws for the errors of metrics that are not means
 
 
 class HarnessModel(TemplateLM):
-    """A run as the harness asks it, which splits texts into prefix and continuation."""
+    """A model as the harness asks it, which splits texts into prefix and continuation."""
 
-    def __init__(self, run: Run):
+    def __init__(self, model: Decoder, tokenizer: Tokenizer, logit_base: float | None = None):
         super().__init__()
-        self._model, self._tokenizer, self._base = run.model, run.tokenizer, run.logit_base
+        self._model, self._tokenizer, self._base = model, tokenizer, logit_base
 
     @property
     def eot_token_id(self) -> int:
@@ -78,27 +87,44 @@ class HarnessModel(TemplateLM):
         return [texts[i] for i in range(len(requests))]
 
 
-def measure(
-    run: Run, tasks: Sequence[str], folder: str | None = None, limit: int | None = None
-) -> dict[str, Any]:
-    """The harness's results for tasks that it knows by these names, or finds in `folder`.
+class Tasks(TaskManager):
+    """Tasks that the harness knows by these names, or that are files in `folder`."""
 
-    Args:
-      limit: examples per task; None: all.
-    """
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # JAX does not survive a fork
-    manager = _TaskManager(include_path=folder)
-    for name in tasks:
-        if not manager.match_tasks([name]):
-            raise UserError(f"there is no task {name!r}: `lm-eval ls tasks` lists those there are")
-    return lm_eval.simple_evaluate(
-        HarnessModel(run),
-        tasks=list(tasks),
-        task_manager=manager,
-        limit=limit,
-        bootstrap_iters=BOOTSTRAPS,
-        log_samples=False,
-    )
+    def __init__(self, names: Sequence[str], folder: str | None = None):
+        super().__init__(include_path=folder or None)
+        self.names = list(names)
+        if unknown := set(names) - set(self.all_tasks):
+            known = "`lm-eval ls tasks` lists what there is"
+            raise UserError(f"there is no task {min(unknown)!r}: {known}")
+
+    def load(self, task_list):
+        """Raises `UserError` where the data is missing."""
+        with _one_line(task_list):
+            return super().load(task_list)
+
+    def measure(self, model: HarnessModel, limit: int | None = None) -> dict[str, Any]:
+        """The harness's results; `limit`: examples per task, None: all."""
+        os.environ.setdefault("DISABLE_MULTIPROC", "1")  # JAX does not survive a fork
+        return lm_eval.simple_evaluate(
+            model,
+            tasks=self.names,
+            task_manager=self,
+            limit=limit,
+            bootstrap_iters=BOOTSTRAPS,
+            log_samples=False,
+        )
+
+
+def mean_score(results: dict[str, Any], tasks: Sequence[str]) -> float:
+    """Of the first of `SCORES` that each task has."""
+    values = []
+    for task in tasks:
+        metrics = {key.partition(",")[0]: x for key, x in results["results"][task].items()}
+        found = [metrics[name] for name in SCORES if name in metrics]
+        if not found:
+            raise UserError(f"{task} measures {', '.join(metrics)}, none of {', '.join(SCORES)}")
+        values.append(found[0])
+    return float(np.mean(values))
 
 
 def summary(run: Run, results: dict[str, Any]) -> dict[str, Any]:
@@ -112,14 +138,6 @@ def table(results: dict[str, Any]) -> str:
     return make_table(results)
 
 
-class _TaskManager(TaskManager):
-    """One whose faults are one line."""
-
-    def load(self, task_list):
-        with _one_line(task_list):
-            return super().load(task_list)
-
-
 @contextlib.contextmanager
 def _one_line(tasks: Sequence[str]) -> Iterator[None]:
     try:
@@ -127,6 +145,5 @@ def _one_line(tasks: Sequence[str]) -> Iterator[None]:
     except Exception as error:  # of `datasets`, the network, a task's own code
         raise UserError(
             f"cannot load the data of {', '.join(tasks)} ({type(error).__name__}: "
-            f"{reason(error)}): fetch it once where there is a network, into HF_HOME, or give "
-            "--task_folder"
+            f"{reason(error)}): fetch it once where there is a network, into HF_HOME"
         ) from error

@@ -43,6 +43,9 @@ class SelectConfig:
     cap: float = 50.0  # of the official code; the paper has none (inf)
     examples: int = 512  # needle tests per layer
     tokens: int = 32768  # of text per layer
+    recall: tuple[str, ...] = ()  # lm-evaluation-harness tasks in place of the needle tests
+    commonsense: tuple[str, ...] = ()  # and in place of the next tokens of text
+    task_folder: str = ""  # where yaml files of further such tasks are
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ A stage that was interrupted goes on where it was, and one that is done is not d
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -102,8 +103,12 @@ def select(halo: HaloConfig, workdir: pathlib.Path) -> bool:
         halo.evaluation.facts[0],
         halo.evaluation.task,
     )
+    by_tasks = _asking_tasks(halo, teacher, mixers)
+    ask = lambda chosen: dataclasses.asdict(
+        selection.measure(model, chosen, questions)
+    ) | by_tasks(chosen)
     rows = found.get("models", {})
-    if not _sweep(path, rows, model, questions):
+    if not _sweep(path, rows, depth, ask):
         return False
     measured = {name: selection.Measured(**row) for name, row in rows.items()}
     scores = selection.scores_of_rules(measured, depth, keep, halo.select)
@@ -113,19 +118,46 @@ def select(halo: HaloConfig, workdir: pathlib.Path) -> bool:
     return True
 
 
+def _asking_tasks(
+    halo: HaloConfig, teacher: Teacher, mixers: Mixer
+) -> Callable[[tuple[int, ...]], dict[str, float]]:
+    """For a model of the sweep what is measured by tasks of lm-evaluation-harness. Since these
+    generate too, each model is one of its own, and compiled."""
+    asked = {"recall": halo.select.recall, "commonsense": halo.select.commonsense}
+    if not any(asked.values()):
+        return lambda chosen: {}
+    from hybridjax.evals import harness  # an extra
+
+    names = [name for group in asked.values() for name in group]
+    tasks = harness.Tasks(names, halo.select.task_folder)
+    tokenizer = load_tokenizer(halo.data.tokenizer)
+
+    def ask(chosen: tuple[int, ...]) -> dict[str, float]:
+        layers = "".join("AL"[option] for option in chosen)
+        build = functools.partial(transfer.swapped, halo, teacher.config.model, layers)
+        model = jax.jit(build)(teacher.model, mixers)
+        results = tasks.measure(harness.HarnessModel(model, tokenizer))
+        return {kind: harness.mean_score(results, own) for kind, own in asked.items() if own}
+
+    return ask
+
+
 def _sweep(
-    path: pathlib.Path, rows: dict[str, Any], model: Decoder, questions: selection.Questions
+    path: pathlib.Path,
+    rows: dict[str, Any],
+    depth: int,
+    ask: Callable[[tuple[int, ...]], dict[str, float]],
 ) -> bool:
     """Measures the models that `rows` lacks, writing each down; False where asked to stop."""
     stop = processes.StopRequest()
     try:
-        for number, (name, chosen) in enumerate(selection.sweep(len(model.layers)).items()):
+        for number, (name, chosen) in enumerate(selection.sweep(depth).items()):
             if stop.at(number):
                 if jax.process_index() == 0:
                     print(f"stopped before the model {name!r}; the same command resumes")
                 return False
             if name not in rows:
-                rows[name] = dataclasses.asdict(selection.measure(model, chosen, questions))
+                rows[name] = ask(chosen)
                 _write(path, {"models": rows})
         return True
     finally:

@@ -5,6 +5,9 @@ and keys; everything else of them is new. Where they have more K/V heads than th
 the teacher's is repeated, interleaved: head i gets K/V head i // group.
 """
 
+import dataclasses
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -39,8 +42,27 @@ def student(
     `config` is the teacher's. Attention that stays is the teacher's with the changes of
     `halo.attention`; a gate is new.
     """
-    model = Decoder(student_config(halo, config, layers), jax.random.key(halo.seed))
-    source = only_block(teacher)
+    keep = lambda new, old: _preserve(halo, inherit(new, old))
+    return _assemble(student_config(halo, config, layers), teacher, mixers, keep, halo.seed)
+
+
+def swapped(
+    halo: HaloConfig, config: ModelConfig, layers: str, teacher: Decoder, mixers: Mixer
+) -> Decoder:
+    """The teacher with linear mixers in the layers `L`, and its own attention in the others."""
+    unchanged = dataclasses.replace(halo, attention={})
+    return _assemble(student_config(unchanged, config, layers), teacher, mixers, lambda _, old: old)
+
+
+def _assemble(
+    config: ModelConfig,
+    teacher: Decoder,
+    mixers: Mixer,
+    keep: Callable[[Mixer, Attention], Mixer],
+    seed: int = 0,
+) -> Decoder:
+    """`keep`: makes of a layer's new attention and the teacher's the one that stays."""
+    model, source = Decoder(config, jax.random.key(seed)), only_block(teacher)
     for group, blocks in zip(model.plan, model.groups, strict=True):
         for position, letter in enumerate(group.pattern):
             rows = slice(group.start + position, group.stop, len(group.pattern))
@@ -48,7 +70,7 @@ def student(
             if letter == "L":
                 block.mixers[0] = _rows(mixers, rows)
             else:
-                block.mixers[0] = _preserve(halo, inherit(block.mixers[0], old.mixers[0]))
+                block.mixers[0] = keep(block.mixers[0], old.mixers[0])
             _take_rest(block, old)
     return place_parameters(_take_ends(model, teacher))
 

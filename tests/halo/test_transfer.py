@@ -11,7 +11,7 @@ from flax import nnx
 
 from hybridjax.config import UserError
 from hybridjax.halo.config import check_teacher
-from hybridjax.halo.transfer import choices, only_block, student
+from hybridjax.halo.transfer import choices, only_block, student, swapped
 from hybridjax.mixers.base import Mixer
 
 
@@ -23,10 +23,14 @@ def tokens_of(rng):
 def test_a_choice_of_attention_everywhere_is_the_teacher(rng):
     halo, tokens = conversion(), tokens_of(rng)
     teacher = teacher_of(halo)
-    model = choices(halo, halo.model, teacher, mixers_of(halo, teacher))
+    mixers = mixers_of(halo, teacher)
+    model = choices(halo, halo.model, teacher, mixers)
     same, other = (model(tokens, data=jnp.full(2, i)) for i in (0, 1))
     np.testing.assert_array_equal(same, teacher(tokens))
     assert np.abs(other - same).max() > 0.01
+    one = swapped(halo, halo.model, "LA", teacher, mixers)(tokens)
+    np.testing.assert_allclose(one, model(tokens, data=jnp.array([1, 0])), atol=1e-5)
+    assert np.abs(one - same).max() > 0.01
 
 
 @pytest.mark.parametrize(

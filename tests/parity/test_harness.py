@@ -118,3 +118,20 @@ def test_faults_are_one_line(folder, model):
         ):
             flags = (f"--workdir={folder}", f"--harness={task}", f"--task_folder={folder}")
             assert line in run_command("evaluate", *flags).error
+
+
+def test_layers_are_selected_by_tasks(folder):
+    """Every model of the sweep is asked: a choice of one is always right, a number never written.
+    What no task replaces is measured as before."""
+    write(folder, "choice", CHOICE, [dict(question="So", choices=[" it is"], answer=0)])
+    write(folder, "generation", GENERATION, [dict(question="So", answer="123456789")])
+    config = pathlib.Path(__file__).parents[1] / "halo" / "micro_halo.py"
+    flags = [f"--config={config}:micro", f"--workdir={folder}/run"]
+    flags += [f"--config.select.task_folder={folder}"]
+    flags += ["--config.select.recall=('generation',)", "--config.select.commonsense=('choice',)"]
+    done = run_command("search", *flags)
+    assert done.code == 0, done
+    models = json.loads((folder / "run" / "select" / "scores.json").read_text())["models"]
+    assert len(models) == 6
+    assert {(m["recall"], m["commonsense"]) for m in models.values()} == {(0.0, 1.0)}
+    assert models["teacher"]["kl"] == 0 < models["all linear"]["kl"]
