@@ -106,10 +106,10 @@ def principles() -> ConfigDict:
     """A question names one of many facts, of which a chunk holds as many as it can, its look-alikes
     among them; a variable's value takes two retrievals. 16 chunks in a row."""
     config = tiny()
-    config.model.update(layers="SSEHH", width=128)
+    config.model.layers = "SSEHH"
     config.model.blocks = legend(
-        heads=4, head_dim=32, kv_heads=1, hidden=256, window=64, chunk_size=64, landmark_dim=64,
-        top_k=4, encoder_layers=1, encoder_heads=4, encoder_hidden=256, norms=True,
+        heads=2, head_dim=32, kv_heads=1, hidden=128, window=64, chunk_size=64, landmark_dim=32,
+        top_k=4, encoder_layers=1, encoder_heads=2, encoder_hidden=128, norms=True,
     )  # fmt: skip
     config.data.sources = ConfigDict(
         dict(
@@ -118,7 +118,7 @@ def principles() -> ConfigDict:
             text=source("embedded", weight=0.25),
         )
     )
-    config.update(steps=2000, seq_len=1024, batch_size=8)
+    config.update(steps=1500, seq_len=1024, batch_size=4)
     config.checkpoint.every = config.evaluation.every = 500
     config.evaluation.update(lengths=(1, 4, 16), facts=(), tasks=("needles", "variables"))
     return config
