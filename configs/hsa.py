@@ -9,16 +9,19 @@ attention, a chunk encoder at mid-depth, upper layers that retrieve chunks from 
 
 `tiny` trains on bytes that ship with the package: at 256 tokens, 600 steps. With seed 0 it then
 answered, of 40 questions each, .975 at 256 and 4096 tokens and 1.0 at 65,536 (four facts). `mini`
-has the paper's chunks, window and row on the same bytes, and was not trained yet. `240m` and `345m`
-have a vocabulary that needs a tokenizer: `--config.data.tokenizer=PATH` and a corpus in
-`--config.data.sources`. Known of the paper's 240M: window 512, chunks of 64, top-8, rows of 4096,
-8 B tokens; inferred: depth, width, heads and vocabulary, from the count of parameters; the encoder,
-from the authors' code; the optimizer, from that of RAMba (arXiv 2504.16795). `345m` is the
+has the paper's chunks, window and row on the same bytes, and was not trained yet; nor was
+`principles`, whose chunks of 64 hold several facts and look-alikes (`studies/hsa_principles.py`).
+`240m` and `345m` have a vocabulary that needs a tokenizer: `--config.data.tokenizer=PATH` and a
+corpus in `--config.data.sources`. Known of the paper's 240M: window 512, chunks of 64, top-8, rows
+of 4096, 8 B tokens; inferred: depth, width, heads and vocabulary, from the count of parameters; the
+encoder, from the authors' code; the optimizer, from that of RAMba (arXiv 2504.16795). `345m` is the
 like-for-like suite of HiLS (arXiv 2607.02980): 16 layers, 16 heads over 2, FFN 4096, top-32 at rows
 of 8192; the places of its HSA layers, the encoder and tying are inferred.
 
 Variants undo one choice each: `swa_only`, `mean_pool`, `no_encoder`, `no_bypass`, `stick`,
 `joint`, `dense_topk`, `once_per_chunk`, `noise`, `recency_bias`, `off_by_one`, `mask_window`.
+`tasks` adds the paper family's tasks to what is trained and asked: MQ-NIAH, variable tracking,
+frequent words (RULER, arXiv 2404.06654) and BABILong's qa1 to qa3 (arXiv 2406.10149).
 """
 
 from ml_collections import ConfigDict
@@ -99,6 +102,34 @@ def mini() -> ConfigDict:
     return config
 
 
+def principles() -> ConfigDict:
+    """A question names one of many facts, of which a chunk holds as many as it can, its look-alikes
+    among them; a variable's value takes two retrievals. 16 chunks in a row."""
+    config = tiny()
+    config.model.layers = "SSEHH"
+    config.model.blocks = legend(
+        heads=2, head_dim=32, kv_heads=1, hidden=128, window=64, chunk_size=64, landmark_dim=32,
+        top_k=4, encoder_layers=1, encoder_heads=2, encoder_hidden=128, norms=True,
+    )  # fmt: skip
+    config.data.sources = ConfigDict(
+        dict(
+            needles=source("retrieval", facts=32, queries=4, **_crowded(config)),
+            variables=source("variables", chains=8, hops=1, name_length=2, together=4),
+            text=source("embedded", weight=0.25),
+        )
+    )
+    config.update(steps=1500, seq_len=1024, batch_size=4)
+    config.checkpoint.every = config.evaluation.every = 500
+    config.evaluation.update(lengths=(1, 4, 16), facts=(), tasks=("needles", "variables"))
+    return config
+
+
+def _crowded(config: ConfigDict) -> dict:
+    """Facts `#ab=30;` side by side, as many as fill a chunk but for one, three of four alike."""
+    chunk = _parts(config, "chunk_encoder")[0].chunk_size
+    return dict(key_length=2, separator="=", alike=3, together=max(1, chunk // 7 - 1))
+
+
 # ---------------------------------------------------------------- the papers' sizes
 
 
@@ -139,7 +170,13 @@ def hils_345m() -> ConfigDict:
     return config
 
 
-PRESETS = {"tiny": tiny, "mini": mini, "240m": paper_240m, "345m": hils_345m}
+PRESETS = {
+    "tiny": tiny,
+    "mini": mini,
+    "principles": principles,
+    "240m": paper_240m,
+    "345m": hils_345m,
+}
 
 
 # ---------------------------------------------------------------- one choice undone
@@ -188,6 +225,22 @@ def _mask_window(config: ConfigDict) -> None:
     _set("retrieval", window=config.model.blocks.S.mixers[0].window)(config)
 
 
+def _tasks(config: ConfigDict) -> None:
+    """The tasks in as many rows as the facts and the text together have."""
+    made = dict(
+        needles=source("retrieval", facts=8, queries=2, **_crowded(config)),
+        variables=source("variables", chains=2, hops=2, name_length=2),
+        names=source("variables", chains=2, hops=2, name_length=2, ask="names"),
+        words=source("words", letters=2),
+        **{task: source("babilong", task=task, facts=4) for task in ("qa1", "qa2", "qa3")},
+    )
+    rows = sum(spec.weight for spec in config.data.sources.values())
+    for spec in made.values():
+        spec.weight = rows / len(made)
+    config.data.sources.update(made)
+    config.evaluation.tasks = tuple(made)
+
+
 VARIANTS = {
     "swa_only": _swa_only,
     "mean_pool": _set("chunk_encoder", landmark="mean"),
@@ -201,4 +254,5 @@ VARIANTS = {
     "recency_bias": _set("retrieval", recency_bias=True),
     "off_by_one": _set("hsa", off_by_one=True),
     "mask_window": _mask_window,
+    "tasks": _tasks,
 }

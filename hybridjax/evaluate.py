@@ -171,12 +171,12 @@ def task_of(config: Config, tokenizer: Tokenizer, name: str) -> Task:
 def report_retrieval(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """Looks at what the newest checkpoint retrieves; writes numbers and a picture beside it."""
     run = open_run(workdir)
-    cells, points = measure_retrieval(run)
+    cells, layer, points = measure_retrieval(run)
     if jax.process_index() != 0:
         return cells
     numbers, picture = (run.workdir / f"{RETRIEVAL}.{kind}" for kind in ("json", "png"))
     numbers.write_text(json.dumps(cells, indent=1, allow_nan=False) + "\n")
-    plots.retrieval(cells, points, picture, title=run.config.name)
+    plots.retrieval(cells, layer, points, picture, title=run.config.name)
     for c in cells:
         shares = {k: "-" if share is None else f"{share:.3f}" for k, share in c["recall"].items()}
         recalled = "  ".join(f"@{k} {share}" for k, share in shares.items())
@@ -185,11 +185,11 @@ def report_retrieval(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     return cells
 
 
-def measure_retrieval(run: Run) -> tuple[list[dict[str, Any]], tuple]:
-    """Cells of `recall.report` by task and length; and the score and mass of chunks at the first
-    length, by the highest layer."""
+def measure_retrieval(run: Run) -> tuple[list[dict[str, Any]], int, tuple]:
+    """Cells of `recall.report` by task and length; and of the first of these the layer that finds
+    the most, and its scores and masses of chunks."""
     config, ev = run.config, run.config.evaluation
-    top_k, cells, points = recall.top_k(run.model), [], None
+    top_k, cells, layer, points = recall.top_k(run.model), [], None, None
     exams = {name: task_of(config, run.tokenizer, name).exam for name in ev.tasks}
     if not exams:
         haystack = Haystack(run.tokenizer, ev.split, **ev.task)
@@ -200,12 +200,15 @@ def measure_retrieval(run: Run) -> tuple[list[dict[str, Any]], tuple]:
                 continue
             exam = exam_of(n=ev.examples, length=length)
             readings = recall.readings(run.model, exam, run.logit_base)
-            points = points or recall.points(readings[-1])
+            lines = recall.report(readings, exam, top_k)
+            if not cells:
+                layer = max(lines, key=lambda line: line["recall"][top_k] or 0)["layer"]
+                points = recall.points(readings[layer])
             cells += [
                 dict(task=name, length=length, train_length=config.seq_len, **line)
-                for line in recall.report(readings, exam, top_k)
+                for line in lines
             ]
-    return cells, points
+    return cells, layer, points
 
 
 def during_training(model: Decoder, tokenizer: Tokenizer, config: Config) -> dict[str, float]:

@@ -9,6 +9,8 @@ import pytest
 
 from hybridjax.config import Config, typed
 from hybridjax.data.pipeline import make_loader
+from hybridjax.data.tokenizer import load_tokenizer
+from hybridjax.evaluate import task_of
 from hybridjax.models.decoder import Decoder
 from hybridjax.optimizer import make_optimizer
 from hybridjax.train import TrainState, make_train_step
@@ -99,7 +101,8 @@ VARIANTS = runpy.run_path(str(FILES[0].parent / "hsa.py"))["VARIANTS"]
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_variant_of_hsa_is_another_model_that_can_be_built(variant):
     plain, config = load("hsa"), load("hsa", f"tiny,{variant}")
-    assert config.model != plain.model and config.name == f"hsa-tiny-{variant}"
+    assert (config.model, config.data) != (plain.model, plain.data)
+    assert config.name == f"hsa-tiny-{variant}"
     assert parameters(config) <= parameters(plain) + 1
 
 
@@ -111,6 +114,19 @@ def test_variants_of_hsa_add_up():
     choose = blocks["H"].mixers[1]
     assert (choose["top_k"], choose["every"]) == (4096 // 64, 64)
     assert parameters(config) < parameters(load("hsa", "mini"))
+
+
+@pytest.mark.parametrize("arg", ["tiny,tasks", "mini,tasks", "principles,mean_pool,dense_topk"])
+def test_the_tasks_of_hsa_are_trained_and_asked(arg):
+    config = load("hsa", arg)
+    assert len(config.evaluation.tasks) == (2 if "principles" in arg else 7)
+    loader = make_loader(config.data, seq_len=config.seq_len, batch_size=8, seed=0)
+    batches = [next(loader)["answers"] for _ in range(2)]
+    loader.close()
+    assert all((batch > 0).any() for batch in batches)
+    for name in config.evaluation.tasks:
+        exam = task_of(config, load_tokenizer("bytes"), name).exam(1, config.seq_len)
+        assert exam.tokens.shape == (1, config.seq_len)
 
 
 HSA = {  # window, chunk, top-k, row, steps, rows per step; as published

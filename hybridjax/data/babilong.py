@@ -6,6 +6,7 @@ answer. Scores are not those of the published samples.
 """
 
 import dataclasses
+import functools
 import itertools
 import random
 import re
@@ -104,7 +105,7 @@ class World:
 
 
 def longest_line(task: str) -> str:
-    """As many characters as a sentence of the task can have."""
+    """A sentence of the task's stories than which none is longer."""
     by_length = lambda words: max(words, key=len)
     move = f"{by_length(PEOPLE)} {by_length(MOVES)} the {by_length(PLACES)}."
     take = f"{by_length(PEOPLE)} {by_length(TAKES + DROPS)} the {by_length(THINGS)}."
@@ -215,6 +216,7 @@ class BABILong(Task):
             length -= len(sentence)
 
 
+@functools.lru_cache(maxsize=4)  # a run has several tasks over one text
 def _sentences(tokenizer: Tokenizer, split: str) -> list[list[int]]:
     sentences = re.split(r"(?<=[.!?])\s+", "\n".join(documents(split)))
     encoded = (tokenizer.encode(" " + sentence).tolist() for sentence in sentences)

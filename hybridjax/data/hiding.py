@@ -4,6 +4,7 @@ Works on `array`, since at some hundred tokens that is several times faster than
 """
 
 import dataclasses
+import functools
 import random
 import string
 from array import array
@@ -45,9 +46,7 @@ class Text:
         self._ids = {c: _one_token(tokenizer, c) for c in characters}
         self.letters = [self._ids[c] for c in string.ascii_lowercase]
         self.digits = [self._ids[c] for c in string.digits]
-        tokens = tokenizer.encode("\n".join(documents(split)) if text is None else text)
-        tokens[(tokens == self._ids[STATES]) | (tokens == self._ids[ASKS])] = self._ids[" "]
-        self._tokens = array("i", tokens.astype(np.int32).tobytes())
+        self._tokens = _of_split(tokenizer, split) if text is None else _clean(tokenizer, text)
 
     def __len__(self) -> int:
         """Tokens of text: longer windows repeat it."""
@@ -74,6 +73,19 @@ class Text:
                 word.append(self.letters[letter])
             words.append(word)
         return words
+
+
+@functools.lru_cache(maxsize=4)  # a run has many tasks over one text
+def _of_split(tokenizer: Tokenizer, split: str) -> array:
+    return _clean(tokenizer, "\n".join(documents(split)))
+
+
+def _clean(tokenizer: Tokenizer, text: str) -> array:
+    """The text's tokens, with spaces for what could be taken for the mark of a fact."""
+    marks = [_one_token(tokenizer, mark) for mark in (STATES, ASKS)]
+    tokens = tokenizer.encode(text)
+    tokens[np.isin(tokens, marks)] = _one_token(tokenizer, " ")
+    return array("i", tokens.astype(np.int32).tobytes())
 
 
 def _one_token(tokenizer: Tokenizer, character: str) -> int:

@@ -6,6 +6,7 @@ One question is RULER's S-NIAH, several its MQ-NIAH (arXiv 2404.06654), at the l
 """
 
 import random
+from array import array
 
 from hybridjax.config import UserError
 from hybridjax.data.hiding import (
@@ -82,7 +83,7 @@ class Haystack:
 
     def questioned(
         self, rng: random.Random, length: int, facts: int
-    ) -> tuple[list[int], list[list[int]], list[int]]:
+    ) -> tuple[array, list[list[int]], list[int]]:
         """Tokens of a text with `facts` facts at random places, the question for each with its
         answer, and where each fact starts."""
         slots = length // self.width
@@ -92,7 +93,7 @@ class Haystack:
         starts = [offset + place * self.width for place in places]
         tokens, clues = self._text.window(rng, length), self._clues(rng, facts)
         for start, clue in zip(starts, clues, strict=True):
-            tokens[start : start + self.width] = type(tokens)("i", clue.statement)
+            tokens[start : start + self.width] = array("i", clue.statement)
         return tokens, [clue.question for clue in clues], starts
 
     def check(self, length: int, facts: int, queries: int = 1) -> None:

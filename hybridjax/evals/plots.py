@@ -121,13 +121,14 @@ def tasks(results: dict[str, Any], path: str | os.PathLike) -> None:
 
 def retrieval(
     cells: Sequence[dict[str, Any]],
+    layer: int,
     points: tuple[Sequence[float], Sequence[float]],
     path: str | os.PathLike,
     title: str,
 ) -> None:
-    """HSA's highest layer: recall by k and by depth, and landmark scores against attention's mass
+    """One of HSA's layers: recall by k and by depth, and landmark scores against attention's mass
     of their chunks."""
-    shown = [c for c in cells if c["layer"] == max(c["layer"] for c in cells)]
+    shown = [c for c in cells if c["layer"] == layer]
     with plt.rc_context(_STYLE):
         figure, (by_k, by_depth, theory) = plt.subplots(
             1, 3, figsize=(12, 3.6), layout="constrained"
@@ -156,7 +157,7 @@ def retrieval(
             xlabel="score of the landmark", ylabel="log of attention's mass of the chunk",
             title=f"less their means; r = {mean:.2f} ({shown[0]['length']} tokens)",
         )  # fmt: skip
-        figure.suptitle(title)
+        figure.suptitle(f"{title}, layer {layer} of those that read chunks")
         _save(figure, path)
 
 
