@@ -2,8 +2,8 @@
 
     python tests/parity/make_golden.py --hypenet=PATH/hybrid-linear-attention
 
-Qwen3, Llama, GLM-4 and the layers of Qwen3-Next and Mamba-2 are those of `transformers`. HypeNet is the
-authors' code (thunlp/hybrid-linear-attention), run from a clone on the CPU: its two kernels are
+Qwen3, Llama, GLM-4 and the layers of Qwen3-Next and Mamba-2 are those of `transformers`. HypeNet is
+the authors' code (thunlp/hybrid-linear-attention), run from a clone on the CPU: its two kernels are
 replaced by the recurrence they stand for, and its cast of scaled queries to bfloat16 is undone.
 Both need the `parity` extra and einops.
 """
