@@ -20,15 +20,21 @@ of 8192; the places of its HSA layers, the encoder and tying are inferred.
 
 Variants undo one choice each: `swa_only`, `mean_pool`, `no_encoder`, `no_bypass`, `stick`,
 `joint`, `dense_topk`, `once_per_chunk`, `noise`, `recency_bias`, `off_by_one`, `mask_window`.
+Others are the baselines, in as many layers of one kind and with as many parameters: full attention
+(`rope`, `nope`, `yarn`), `landmark`, `nsa`, `moba`, `stick_breaking` and `mamba2`. `yarn` reads 16
+times the training row; it has the parameters of `rope`, whose checkpoint it can start from:
+`--config.init_from=WORKDIR`.
 `tasks` adds the paper family's tasks to what is trained and asked: MQ-NIAH, variable tracking,
 frequent words (RULER, arXiv 2404.06654) and BABILong's qa1 to qa3 (arXiv 2406.10149).
 """
 
+import jax
 from ml_collections import ConfigDict
 
 from configs import hypenet
-from hybridjax.config import choose
+from hybridjax.config import build, choose
 from hybridjax.data.sources import source
+from hybridjax.mixers import MIXERS
 from hybridjax.models import block, mixer, mlp
 
 
@@ -241,7 +247,67 @@ def _tasks(config: ConfigDict) -> None:
     config.evaluation.tasks = tuple(made)
 
 
+# ---------------------------------------------------------------- baselines of the same size
+
+
+def _baseline(type: str, **changes):
+    """Every layer of one mixer, with the heads, window and chunks that HSA has.
+
+    `changes`: options of the mixer, or functions of the preset that give them.
+    """
+
+    def change(config: ConfigDict) -> None:
+        local = config.model.blocks.S.mixers[0]
+        heads = dict(heads=local.heads, head_dim=local.head_dim, kv_heads=local.kv_heads)
+        given = {name: x(config) if callable(x) else x for name, x in changes.items()}
+        options = {name: x for name, x in (heads | given).items() if x is not None}
+        _replace_mixers(config.model, mixer(type, **options))
+
+    return change
+
+
+def _replace_mixers(model: ConfigDict, spec: ConfigDict) -> None:
+    """As many layers of this mixer; the MLP takes or gives the difference in parameters."""
+    size = lambda spec: _parameters(spec, model.width)
+    layers = [letter for letter in model.layers if model.blocks[letter].mlp]
+    spent = sum(size(m) for letter in model.layers for m in model.blocks[letter].mixers)
+    ffn = model.blocks.S.mlp.copy_and_resolve_references()
+    left = spent / len(layers) - size(spec)
+    ffn.hidden = int(ffn.hidden + left / (3 * model.width)) // 8 * 8
+    model.layers, model.blocks = "A" * len(layers), dict(A=block(spec, mlp=ffn))
+
+
+def _parameters(spec: ConfigDict, width: int) -> int:
+    shapes = jax.eval_shape(lambda: build(spec, MIXERS, width, jax.random.key(0)))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def _option(type: str, name: str):
+    return lambda config: _parts(config, type)[0][name]
+
+
+def _yarn(config: ConfigDict) -> dict:
+    return dict(rope_type="yarn", factor=16.0, original_max_position_embeddings=config.seq_len)
+
+
+_GATE = dict(gate=_option("attention", "gate"))
+_CHUNKS = dict(chunk_size=_option("chunk_encoder", "chunk_size"))
+_CHOSEN = _CHUNKS | dict(top_k=_option("retrieval", "top_k"))
+
 VARIANTS = {
+    "rope": _baseline("attention", rope=True, **_GATE),
+    "nope": _baseline("attention", **_GATE),
+    "yarn": _baseline("attention", rope=True, rope_scaling=_yarn, **_GATE),
+    "landmark": _baseline("landmark", **_CHUNKS, **_GATE),
+    "nsa": _baseline("nsa", window=_option("attention", "window"), **_CHOSEN, **_GATE),
+    "moba": _baseline("moba", **_CHOSEN, **_GATE),
+    "stick_breaking": _baseline("stick_breaking", **_GATE),
+    "mamba2": _baseline(
+        "mamba2",
+        heads=lambda config: 2 * config.model.width // _parts(config, "attention")[0].head_dim,
+        state_dim=lambda config: 2 * _parts(config, "attention")[0].head_dim,
+        kv_heads=None,
+    ),
     "swa_only": _swa_only,
     "mean_pool": _set("chunk_encoder", landmark="mean"),
     "no_encoder": _no_encoder,

@@ -106,6 +106,21 @@ def test_a_variant_of_hsa_is_another_model_that_can_be_built(variant):
     assert parameters(config) <= parameters(plain) + 1
 
 
+BASELINES = (
+    "rope", "nope", "yarn", "landmark", "nsa", "moba", "stick_breaking", "mamba2",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", ["tiny", "mini", "345m"])
+def test_baselines_of_hsa_have_its_size(preset):
+    plain = load("hsa", preset)
+    layers = sum(letter != "E" for letter in plain.model.layers)
+    for baseline in BASELINES:
+        config = load("hsa", f"{preset},{baseline}")
+        assert config.model.layers == "A" * layers
+        assert abs(parameters(config) / parameters(plain) - 1) < 0.01, baseline
+
+
 def test_variants_of_hsa_add_up():
     config = load("hsa", "mini,no_encoder,no_bypass,dense_topk,once_per_chunk")
     encoder, blocks = config.model.blocks["E"].mixers[0], config.model.blocks

@@ -117,6 +117,11 @@ def split_heads(y: Float[Array, "B T HK"], head_dim: int) -> Float[Array, "B T H
     return y.reshape(*y.shape[:2], heads, head_dim)
 
 
+def place_heads(x: Float[Array, "B T G K"]) -> Float[Array, "B T G K"]:
+    """Whole rows on every device of the context axis, heads sharded if they divide."""
+    return place(x, "batch", None, "heads" if x.shape[2] % ways("heads") == 0 else None, None)
+
+
 def repeat_heads(x: Float[Array, "B T G K"], times: int) -> Float[Array, "B T H K"]:
     """Each head `times` times in a row: head i of the result is head i // times of `x`."""
     if times == 1:

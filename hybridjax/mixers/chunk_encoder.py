@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from hybridjax.config import UserError
-from hybridjax.layers.linear import Linear, split_heads
+from hybridjax.layers.linear import Linear, place_heads, split_heads
 from hybridjax.layers.mlp import SwiGLU
 from hybridjax.layers.norm import RMSNorm
 from hybridjax.layers.qkv import QKV
@@ -123,8 +123,8 @@ class ChunkEncoder(Mixer):
             landmarks = self.landmark_norm(landmarks)
         if self.key_norm is not None:
             keys = self.key_norm(keys)
-        chunks = lambda y: _whole(y).reshape(y.shape[0], -1, self.chunk_size, *y.shape[2:])
-        return _whole(landmarks), chunks(keys), chunks(values)
+        chunks = lambda y: place_heads(y).reshape(y.shape[0], -1, self.chunk_size, *y.shape[2:])
+        return place_heads(landmarks), chunks(keys), chunks(values)
 
 
 class EncoderLayer(nnx.Module):
@@ -195,8 +195,3 @@ def _split(x: Float[Array, "B N*C D"], size: int, *, cls: bool) -> tuple[Array, 
 def _rows(x: Float[Array, "B N*C D"], size: int) -> str | None:
     """The logical axis along which rows of chunks can be cut without cutting a chunk."""
     return "length" if x.shape[1] % (size * ways("length")) == 0 else None
-
-
-def _whole(x: Float[Array, "B S G K"]) -> Array:
-    """The memory of the whole row, for queries anywhere in it."""
-    return place(x, "batch", None, "heads" if x.shape[2] % ways("heads") == 0 else None, None)

@@ -67,7 +67,8 @@ def test_scaled_frequencies():
     assert np.all(np.diff(llama3) < 0) and np.any((waves > 1) & (waves < 4))
 
 
-YARN = {  # theta, options besides the factor 4 from 512 positions; what `transformers` makes of it
+LONG = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=512)
+YARN = {  # theta, further options; frequencies and amplitude as `transformers` has them
     "defaults": (
         1e4, {},
         [1, 0.25693506, 0.0625, 0.013834965, 0.0025, 7.9056947e-4, 2.5e-4, 7.9056947e-5],
@@ -75,8 +76,7 @@ YARN = {  # theta, options besides the factor 4 from 512 positions; what `transf
     ),
     "given": (
         1e6, dict(beta_fast=16, beta_slow=2, attention_factor=1.5),
-        [1, 0.13337095, 0.015811389, 1.4058533e-3, 2.5e-4, 4.4456985e-5, 7.9056936e-6,
-         1.4058534e-6],
+        [1, 0.13337095, 0.015811389, 1.405853e-3, 2.5e-4, 4.445699e-5, 7.905694e-6, 1.405853e-6],
         1.5,
     ),
 }  # fmt: skip
@@ -84,8 +84,7 @@ YARN = {  # theta, options besides the factor 4 from 512 positions; what `transf
 
 @pytest.mark.parametrize("theta, options, expected, size", YARN.values(), ids=YARN)
 def test_yarn_is_that_of_published_code(theta, options, expected, size):
-    scaling = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=512) | options
-    scaling = tuple(scaling.items())
+    scaling = tuple((LONG | options).items())
     np.testing.assert_allclose(frequencies(16, theta, scaling), expected, rtol=1e-6)
     t = np.array([[3, 40_000]])
     cos, sin = rotary_angles(jnp.asarray(t), 16, theta, scaling)
@@ -98,15 +97,7 @@ FAULTS = {
     "odd": (dict(width=7), "even number of dimensions, not 7"),
     "type": (dict(scaling=(("rope_type", "ntk"),)), "no rope_scaling of type 'ntk': there are "),
     "missing": (dict(scaling=(("rope_type", "yarn"), ("factor", 2.0))), "takes .'attention_factor"),
-    "few": (
-        dict(
-            width=2,
-            scaling=(
-                ("rope_type", "yarn"), ("factor", 2.0), ("original_max_position_embeddings", 64),
-            ),
-        ),
-        "needs at least 4 rotated dimensions",
-    ),
+    "few": (dict(width=2, scaling=tuple(LONG.items())), "needs at least 4 rotated dimensions"),
     "options": (dict(scaling=(("a", 1), ("rope_type", "linear"))), "takes .'factor'., not .'a'"),
 }
 

@@ -56,6 +56,9 @@ TABLE = {
     ),
     "mamba2": ("mamba2", HEADS | dict(state_dim=8, groups=2, convolution=3)),
     "stick-breaking": ("stick_breaking", HEADS | dict(kv_heads=2)),
+    "moba": ("moba", HEADS | dict(kv_heads=2, chunk_size=4, top_k=3)),
+    "nsa": ("nsa", HEADS | dict(kv_heads=2, chunk_size=4, top_k=3, window=6)),
+    "landmark": ("landmark", HEADS | dict(kv_heads=2, chunk_size=4)),
     "hsa": hsa(dict(landmark="mean", encoder_layers=0), dict(top_k=2)),
     "hsa-cls": hsa(dict(landmark_norm=True), dict(top_k=2, norm=True)),
     "hsa-joint": hsa(
@@ -70,7 +73,7 @@ TABLE = {
 }
 SLOW = (
     "attention", "attention-glm", "attention-plain", "window-1", "lightning-grouped-nope",
-    "lightning-plain", "mamba2", "stick-breaking",
+    "lightning-plain", "mamba2", "stick-breaking", "moba", "nsa", "landmark",
     "hsa-cls", "hsa-joint", "hsa-stick",
 )  # fmt: skip
 BUILT = {}  # mixers that earlier tests have built

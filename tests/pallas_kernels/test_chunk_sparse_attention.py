@@ -274,7 +274,7 @@ def test_gradients_are_the_same_bits_every_time():
     assert all(np.array_equal(first[key], second[key]) for key in first)
 
 
-@pytest.mark.parametrize("name", ["groups-of-2", "joint-off-by-one", "no-chunk", "own-chunk"])
+@pytest.mark.parametrize("name", ["groups-of-2", "joint-off-by-one", "no-chunk"])
 def test_chunks_already_fetched(name):
     """The same, with its gradients, of chunks gathered outside; empty slots hold anything."""
     arrays, indices, do, options = make(name, **CASES[name])
