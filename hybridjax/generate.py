@@ -10,8 +10,11 @@ import contextlib
 import functools
 import itertools
 import pathlib
+import resource
+import sys
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +27,7 @@ from jaxtyping import Array, Float, Int
 from safetensors import SafetensorError
 from safetensors.flax import load_file, save_file
 
-from hybridjax import command
+from hybridjax import command, host_memory
 from hybridjax.config import UserError
 from hybridjax.data.tokenizer import TextStream
 from hybridjax.files import one_line, reason
@@ -58,18 +61,19 @@ def main() -> None:
         need = longest + given.tokens
         room = given.max_length or -(-need // PIECE) * PIECE  # few sizes: compiled programs serve
         check_length(need, room)
-        prefix = new_state(model, len(rows), room), None
+        prefix = new_state(model, len(rows), room, given.chunks == "host"), None
     began = time.perf_counter()
     if rows:
         prefix = jax.block_until_ready(prefill(model, rows, prefix[0], logit_base=base))
     seconds = time.perf_counter() - began
     read = sum(map(len, rows))
-    notes = [f"read {read:,} tokens in {seconds:.1f} s, compilation included"] if rows else []
+    rate = f"{read / seconds:,.0f} tokens/s"
+    notes = [f"read {read:,} tokens in {seconds:.1f} s ({rate}, compilation included)"][:read]
     if given.save_state:
         save_prefix(given.save_state, prefix)
         notes.append(f"state saved to {given.save_state}")
 
-    notes.append(f"state {state_bytes(prefix[0]):,} bytes")
+    notes.append(sizes(prefix[0]))
 
     # ------------------------------------------------------------ write
     sampler = functools.partial(
@@ -222,10 +226,22 @@ def sample(
 # ---------------------------------------------------------------- states
 
 
-def new_state(model: Decoder, batch: int, max_length: int) -> DecoderState:
+def new_state(
+    model: Decoder, batch: int, max_length: int, chunks_on_host: bool = False
+) -> DecoderState:
+    """Raises UserError for a length beyond all positions, or beyond the host's memory."""
     if max_length > MAX_POSITION:
         raise UserError(f"max_length {max_length} is beyond the last position {MAX_POSITION}")
-    return jax.jit(lambda m: m.init_state(batch, max_length))(model)
+    make = jax.jit(lambda m: m.init_state(batch, max_length, chunks_on_host))
+    of = state_bytes if jax.default_backend() == "cpu" else host_bytes
+    needed = of(make.eval_shape(model))
+    free = host_memory.free_bytes()
+    if free is not None and needed > free:
+        raise UserError(
+            f"a state for {batch} x {max_length} tokens needs {needed:,} bytes of host memory and "
+            f"{free:,} are free: give a smaller --max_length, fewer rows, or more memory"
+        )
+    return make(model)
 
 
 def check_room(state: DecoderState, tokens: int) -> None:
@@ -255,6 +271,8 @@ def fork(prefix: Prefix, count: int | None) -> Prefix:
     rows = current_spec(("batch",), (count,))
 
     def repeat(x, axis):
+        if host_memory.is_on_host(x):
+            return host_memory.repeat(x, count)
         x = jnp.repeat(x, count, axis)
         if rows is None:
             return x
@@ -265,12 +283,32 @@ def fork(prefix: Prefix, count: int | None) -> Prefix:
     return jax.tree.map(repeat, prefix, (state.batch_axes(), 0))
 
 
-def state_bytes(state: DecoderState) -> int:
-    return sum(x.nbytes for x in jax.tree.leaves(state))
+def state_bytes(state: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+
+
+def host_bytes(state: Any) -> int:
+    """Those of them that are in the host's memory and not on the device."""
+    return state_bytes([x for x in jax.tree.leaves(state) if host_memory.is_on_host(x)])
+
+
+def sizes(state: DecoderState) -> str:
+    """The state's bytes, on the host also for each token, and the process's peak memory so far."""
+    on_host = host_bytes(state)
+    per_token = on_host / (state.length.size * state.max_length)
+    host = f", {on_host:,} of them on the host ({per_token:,.0f} per token)" if on_host else ""
+    return f"state {state_bytes(state):,} bytes{host}, peak memory {peak_memory() / 2**30:.2f} GiB"
+
+
+def peak_memory() -> int:
+    """Bytes that this process has had in memory at most."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def save_prefix(path: str, prefix: Prefix) -> None:
     metadata = {"max_length": str(prefix[0].max_length), "rows": str(prefix[1].shape[0])}
+    metadata["chunks"] = "host" if host_bytes(prefix) else "device"
     whole = multihost_utils.process_allgather(_named(prefix), tiled=True)
     if jax.process_index() != 0:
         return
@@ -285,10 +323,12 @@ def load_prefix(path: str, model: Decoder) -> Prefix:
             metadata = file.metadata()
         arrays = load_file(path)
         rows, max_length = int(metadata["rows"]), int(metadata["max_length"])
+        chunks_on_host = metadata.get("chunks") == "host"
 
     def blank(model: Decoder) -> Prefix:
         logits = jnp.zeros((rows, model.embedding.table.shape[0]), jnp.float32)
-        return model.init_state(rows, max_length), place(logits, "batch", None)
+        state = model.init_state(rows, max_length, chunks_on_host)
+        return state, place(logits, "batch", None)
 
     wanted = jax.jit(blank).lower(model).out_info  # unlike eval_shape it knows the devices
     kinds = lambda named: {name: (x.shape, x.dtype) for name, x in named.items()}
@@ -303,7 +343,8 @@ def load_prefix(path: str, model: Decoder) -> Prefix:
 def _like(wanted: jax.ShapeDtypeStruct, x: Array) -> Array:
     """`x` on the mesh that is set, of which `wanted` knows only the axes."""
     mesh, spec = jax.sharding.get_mesh(), wanted.sharding.spec if wanted.sharding else P()
-    return x if mesh.empty else jax.device_put(x, jax.NamedSharding(mesh, spec))
+    x = x if mesh.empty else jax.device_put(x, jax.NamedSharding(mesh, spec))
+    return jax.jit(host_memory.to_host)(x) if host_memory.is_on_host(wanted) else x
 
 
 @contextlib.contextmanager
@@ -325,6 +366,9 @@ if __name__ == "__main__":
     flags.DEFINE_multi_string("prompt_file", [], "a file with a text to continue")
     flags.DEFINE_integer("tokens", 128, "tokens to write", lower_bound=1)
     flags.DEFINE_integer("max_length", 0, "room of the state; 0: what prompt and tokens need")
+    flags.DEFINE_enum(
+        "chunks", "device", ("device", "host"), "where a memory of chunks keeps keys and values"
+    )
     flags.DEFINE_float("temperature", 0.0, "0: always the likeliest token", lower_bound=0.0)
     flags.DEFINE_integer("top_k", 0, "draw from the k likeliest; 0: from all", lower_bound=0)
     flags.DEFINE_float("top_p", 1.0, "draw from the likeliest of this sum", 1e-6, 1.0)

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from hybridjax import host_memory
 from hybridjax.mixers.base import Context, new_length, place_state, state, state_field
+from hybridjax.mixers.host_chunks import CHUNKS, RECENT, HostChunks
 from hybridjax.sharding import over_mesh, place
 
 _LANDMARKS = ("batch", None, "heads", None)
-_CHUNKS = ("batch", None, None, "heads", None)
 _PENDING = ("batch", None, None)
 Encode = Callable[[Array], tuple[Array, Array, Array]]  # chunks -> landmarks, keys, values
 
@@ -23,21 +24,28 @@ class ChunkMemory:
     own document once that is whole, which is where t >= (n + 1) C."""
 
     landmarks: Float[Array, "B N G R"]
-    keys: Float[Array, "B N*C G K"]
-    values: Float[Array, "B N*C G V"]
+    keys: Float[Array, "B N*C G K"] | None  # None: they are on the host
+    values: Float[Array, "B N*C G V"] | None
     segments: Int[Array, "B N"]  # the document of each chunk; 0: there is none
     start: Int[Array, " B"]  # tokens of the row before the queries
     chunk_size: int = dataclasses.field(metadata={"static": True})
+    on_host: HostChunks | None = None
 
 
 @state
 class ChunkState:
-    """`B (C D + N (G R + C G (K + V)))` elements, N = max_length / C, at the publisher alone."""
+    """`B (C D + N (G R + C G (K + V)))` elements, N = max_length / C, at the publisher alone.
+
+    With the chunks on the host the device has `B (C D + N G R + M C G (K + V))`: the last M of them
+    are there too, chunk n in slot n % M. Else M is 0.
+    """
 
     pending: Float[Array, "B C D"] = state_field(*_PENDING)  # the unfinished chunk, then zeros
     landmarks: Float[Array, "B N G R"] = state_field(*_LANDMARKS)
-    keys: Float[Array, "B N C G K"] = state_field(*_CHUNKS)
-    values: Float[Array, "B N C G V"] = state_field(*_CHUNKS)
+    keys: Float[Array, "B N C G K"] = state_field(*CHUNKS, placement="host")
+    values: Float[Array, "B N C G V"] = state_field(*CHUNKS, placement="host")
+    recent_keys: Float[Array, "B M C G K"] = state_field(*CHUNKS)
+    recent_values: Float[Array, "B M C G V"] = state_field(*CHUNKS)
     length: Int[Array, " B"] = state_field("batch")
 
     @classmethod
@@ -46,9 +54,17 @@ class ChunkState:
         kv_heads: int, head_dim: int, dtype: jnp.dtype,
     ) -> "ChunkState":  # fmt: skip
         zeros = lambda *shape: jnp.zeros((batch, *shape), dtype)
-        heads = zeros(count, size, kv_heads, head_dim)
+        heads = lambda count: (zeros(count, size, kv_heads, head_dim),) * 2
         landmarks, length = zeros(count, groups, landmark_dim), jnp.zeros(batch, jnp.int32)
-        return place_state(cls(zeros(size, width), landmarks, heads, heads, length))
+        return place_state(cls(zeros(size, width), landmarks, *heads(count), *heads(0), length))
+
+    def with_chunks_on_host(self) -> "ChunkState":
+        """This state, before the first token, with the chunks in the host's memory."""
+        batch, count, *chunk = self.keys.shape
+        recent = jnp.zeros((batch, min(count, RECENT), *chunk), self.keys.dtype)
+        state = dataclasses.replace(self, recent_keys=recent, recent_values=recent)
+        keys, values = map(host_memory.to_host, (self.keys, self.values))
+        return dataclasses.replace(place_state(state), keys=keys, values=values)
 
     def append(self, x: Float[Array, "B T D"], ctx: Context, encode: Encode) -> "ChunkState":
         """Takes the real tokens of x in, and encodes the chunks that they complete."""
@@ -63,24 +79,35 @@ class ChunkState:
         index = first[:, None] + jnp.arange(count)
         index = jnp.where(index < end[:, None], index, self.landmarks.shape[1])  # out of range
         kept = (self.landmarks, self.keys, self.values)
-        caches = (_write(c, n, index) for c, n in zip(kept, new, strict=True))
+        caches = [_write(c, n, index) for c, n in zip(kept, new, strict=True)]
+        if (recent := self.recent_keys.shape[1]) > 0:
+            last = (index >= end[:, None] - recent) & (index < end[:, None])
+            index = jnp.where(last, index % recent, recent)
+            kept = (self.recent_keys, self.recent_values)
+            caches += [_write(c, n, index) for c, n in zip(kept, new[1:], strict=True)]
+        else:
+            caches += [self.recent_keys, self.recent_values]
         newest = jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, size))
         newest = over_mesh(newest, (_PENDING, ("batch",)), (_PENDING, self.pending.shape))
         return ChunkState(newest(line, (end - first) * size), *caches, length)
 
     def rewound(self, before: "ChunkState") -> "ChunkState":
         """The earlier state again, in these buffers: chunks beyond its length are not seen."""
-        return dataclasses.replace(self, pending=before.pending, length=before.length)
+        large = dict(landmarks=self.landmarks, keys=self.keys, values=self.values)
+        return dataclasses.replace(before, **large)
 
     def memory(self, start: Int[Array, " B"]) -> ChunkMemory:
         """What queries from token `start` on read."""
         count, size = self.keys.shape[1:3]
         flat = lambda x: x.reshape(x.shape[0], count * size, *x.shape[3:])
-        segments = jnp.arange(count) < self.length[:, None] // size
-        return ChunkMemory(
-            self.landmarks, flat(self.keys), flat(self.values), segments.astype(jnp.int32),
-            start, size,
-        )  # fmt: skip
+        whole = self.length // size
+        segments = (jnp.arange(count) < whole[:, None]).astype(jnp.int32)
+        if host_memory.is_on_host(self.keys):
+            recent = self.recent_keys, self.recent_values
+            chunks = HostChunks(self.keys, self.values, *recent, whole)
+            return ChunkMemory(self.landmarks, None, None, segments, start, size, chunks)
+        keys, values = flat(self.keys), flat(self.values)
+        return ChunkMemory(self.landmarks, keys, values, segments, start, size)
 
     def _line(self, x: Float[Array, "B T D"]) -> Float[Array, "B M*C D"]:
         """The pending tokens and x behind them, then zeros, to one chunk more than they fill."""
@@ -98,7 +125,7 @@ class ChunkState:
 
 
 def _axes(x: Array | jax.ShapeDtypeStruct) -> tuple[str | None, ...]:
-    return _LANDMARKS if x.ndim == 4 else _CHUNKS
+    return _LANDMARKS if x.ndim == 4 else CHUNKS
 
 
 def _write(cache: Array, new: Array, index: Int[Array, "B M"]) -> Array:
@@ -106,6 +133,8 @@ def _write(cache: Array, new: Array, index: Int[Array, "B M"]) -> Array:
     axes = _axes(cache)
 
     def write(cache, new, index):
+        if host_memory.is_on_host(cache):
+            return host_memory.write(cache, new, index)
         rows = jnp.arange(cache.shape[0])[:, None]
         return cache.at[rows, index].set(new.astype(cache.dtype), mode="drop")
 

@@ -68,7 +68,9 @@ class HSA(Mixer):
         """`rows`: the logical axis of x's tokens."""
         memory: ChunkMemory = ctx.shared["memory"]
         selection: Selection = ctx.shared["selection"]
-        kv_heads, head_dim = memory.keys.shape[2:]
+        chunks = memory if selection.keys is None else selection
+        keys, values = chunks.keys, chunks.values
+        kv_heads, head_dim = keys.shape[2:]
         groups = selection.indices.shape[2]
         if self.heads % kv_heads or kv_heads % groups or head_dim != self.head_dim:
             raise UserError(
@@ -88,11 +90,11 @@ class HSA(Mixer):
 
         divides = kv_heads % ways("heads") == 0 and groups in (1, kv_heads)
         heads = "heads" if divides else None
-        queries, keys = ("batch", rows, heads, None), ("batch", None, heads, None)
+        queries, whole = ("batch", rows, heads, None), ("batch", None, heads, None)
         chosen = ("batch", rows, heads if groups == kv_heads else None, None)
-        in_axes = (queries, keys, keys, chosen, chosen)
+        in_axes = (queries, whole, whole, chosen, chosen)
         attend = over_mesh(attend, in_axes, (queries, q.shape))
-        o = attend(q, memory.keys, memory.values, selection.indices, selection.weights)
+        o = attend(q, keys, values, selection.indices, selection.weights)
         return self.output(o.reshape(*x.shape[:2], -1))
 
 

@@ -30,6 +30,9 @@ class Selection:
 
     indices: Int[Array, "B T G J"]
     weights: Float[Array, "B T G J"] | None  # None: one softmax over the tokens of all of them
+    # Of a memory on the host: the chosen chunks alone, which `indices` then count.
+    keys: Float[Array, "B U*C G K"] | None = None
+    values: Float[Array, "B U*C G V"] | None = None
 
 
 @state
@@ -92,7 +95,7 @@ class Retrieval(Mixer):
         chosen = self._choose(x, ctx, "length")
         if self.every > 1:
             chosen = _held(chosen, ctx, self.every, ctx.shared["memory"].chunk_size)
-        return None, {"selection": self._weigh(*chosen)}
+        return None, {"selection": self._selection(*chosen, ctx)}
 
     def init_state(self, batch: int, max_length: int, dtype: jnp.dtype) -> RetrievalState:
         shape = (batch, 1, self.groups, self.top_k)
@@ -111,7 +114,7 @@ class Retrieval(Mixer):
         last = (length - state.length)[:, None]  # 0: what the state had
         last = jnp.where(last > 0, jnp.take_along_axis(slots, jnp.maximum(last - 1, 0), axis=1), 0)
         state = RetrievalState(*(_take(y, last) for y in line), length)
-        return None, state, {"selection": self._weigh(indices, scores)}
+        return None, state, {"selection": self._selection(indices, scores, ctx)}
 
     def _choose(self, x, ctx: Context, rows: str | None) -> tuple[Array, Array]:
         """Indices and scores `[B, T, G, J]`; `rows`: the logical axis of x's tokens."""
@@ -142,10 +145,14 @@ class Retrieval(Mixer):
             q, memory.landmarks, ctx.segments, memory.segments, memory.start, key
         )
 
-    def _weigh(self, indices: Array, scores: Array) -> Selection:
+    def _selection(self, indices: Array, scores: Array, ctx: Context) -> Selection:
         if self.recency_bias is not None:
             scores = scores + self.recency_bias[...] * jnp.arange(scores.shape[-1])
-        return Selection(indices, WEIGHTS[self.weights](scores))
+        weights = WEIGHTS[self.weights](scores)
+        if (chunks := ctx.shared["memory"].on_host) is None:
+            return Selection(indices, weights)
+        keys, values, indices = chunks.fetch(indices)
+        return Selection(indices, weights, keys, values)
 
 
 def _held(

@@ -16,6 +16,7 @@ from hybridjax.config import ModelConfig, UserError
 from hybridjax.layers.embedding import Embedding, head_logits
 from hybridjax.layers.norm import RMSNorm
 from hybridjax.mixers.base import Context, batch_axes, new_length
+from hybridjax.mixers.chunk_memory import ChunkState
 from hybridjax.models.block import Block
 from hybridjax.models.plan import Group, plan
 from hybridjax.sharding import place
@@ -123,10 +124,18 @@ class Decoder(nnx.Module):
 
     # ------------------------------------------------------------ decoding
 
-    def init_state(self, batch: int, max_length: int) -> DecoderState:
-        """The state before the first token, with room for `max_length` tokens per row."""
+    def init_state(
+        self, batch: int, max_length: int, chunks_on_host: bool = False
+    ) -> DecoderState:
+        """The state before the first token, with room for `max_length` tokens per row.
+
+        `chunks_on_host`: keys and values of a memory of chunks in the host's memory.
+        """
         dtype = jnp.dtype(self.dtype)
         layers = tuple(b.init_state(batch, max_length, dtype) for b in self._letters())
+        if chunks_on_host:
+            move = lambda s: s.with_chunks_on_host() if isinstance(s, ChunkState) else s
+            layers = tuple(tuple(map(move, states)) for states in layers)
         return DecoderState(layers, place(jnp.zeros(batch, jnp.int32), "batch"), max_length)
 
     def extend(

@@ -33,7 +33,8 @@ _FEW = 4  # chunks per slot, up to which attention over all of them is faster
 def chunk_sparse_attention(q, k, v, indices, weights, index, *, chunk_size, scale, off_by_one):
     if k.shape[1] == 0:
         return jnp.zeros((*q.shape[:3], v.shape[-1]), v.dtype)
-    if k.shape[1] <= _FEW * chunk_size * indices.shape[-1]:
+    N, T = k.shape[1] // chunk_size, q.shape[1]
+    if N <= min(_FEW * indices.shape[-1], T):
         return attend_all(q, k, v, indices, weights, index, chunk_size=chunk_size, scale=scale,
                           off_by_one=off_by_one)
     return _attend(chunk_size, scale, off_by_one, q, k, v, indices, weights, index)

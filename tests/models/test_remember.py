@@ -12,6 +12,7 @@ from hybridjax import generate
 from hybridjax.config import ModelConfig, typed
 from hybridjax.evals import needle
 from hybridjax.evals.questions import ask
+from hybridjax.mixers import host_chunks
 from hybridjax.mixers.base import Context
 from hybridjax.models import block, mixer, mlp
 from hybridjax.models.decoder import Decoder
@@ -97,11 +98,39 @@ def test_needles_are_judged_in_pieces_as_in_whole_rows(rng, monkeypatch):
     np.testing.assert_array_equal(pieces, whole)
 
 
-def test_many_questions_of_one_prefix(rng):
+def continued(model, rows, chunks_on_host):
+    """Logits and hidden states of three rows read in pieces, then four tokens one by one."""
+    state = generate.new_state(model, 3, 512, chunks_on_host)
+    state, logits = generate.prefill(model, [row[:-4] for row in rows], state, piece=64)
+    outs, step = [logits], jax.jit(lambda m, t, s: m.extend(t, s), donate_argnums=2)
+    for i in range(-4, 0):
+        h, state = step(model, jnp.asarray([[row[i]] for row in rows]), state)
+        outs.append(h)
+    return outs, state
+
+
+def test_chunks_on_the_host_give_the_same_bits(rng):
+    """The longest row has more chunks than stay on the device."""
+    model = decoder("SEHhS")
+    rows = [rng.integers(1, VOCAB, n) for n in (450, 271, 7)]
+    expected, state = continued(model, rows, False)
+    found, on_host = continued(model, rows, True)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+    (B, C, D), N, (G, K) = (3, 4, 16), 512 // 4, (1, 8)
+    chunks, recent = (4 * B * n * C * G * 2 * K for n in (N, host_chunks.RECENT))
+    assert generate.host_bytes(on_host) == chunks and generate.host_bytes(state) == 0
+    assert generate.state_bytes(on_host) == generate.state_bytes(state) + recent
+    on_device = generate.state_bytes(on_host.layers[1]) - chunks
+    assert on_device == recent + 4 * B * (C * D + N * G * K + 1)  # 1: its length
+
+
+@pytest.mark.parametrize("chunks_on_host", [False, True], ids=["device", "host"])
+def test_many_questions_of_one_prefix(rng, chunks_on_host):
     """Questions that complete chunks leave no trace for those after them."""
     model, prefix = decoder("SEHhS"), rng.integers(1, VOCAB, 22)
     questions = jnp.asarray(rng.integers(1, VOCAB, (3, 7)))
-    state = generate.new_state(model, 1, 32)
+    state = generate.new_state(model, 1, 32, chunks_on_host)
     state, _ = generate.prefill(model, [prefix], state, piece=PIECE)
     rows = np.concatenate([np.tile(prefix, (3, 1)), questions], axis=1)
     expected = jnp.argmax(parallel(model, rows), axis=-1)[:, 22:]
