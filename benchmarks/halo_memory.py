@@ -40,10 +40,12 @@ MESHES = {
     f"{HOST}, weights not divided": MeshConfig(data=8),
 }
 # Without it libtpu 0.0.50 fails on the tables of rotary positions (a RET_CHECK of its own).
-ENVIRONMENT = dict(
-    LIBTPU_INIT_ARGS="--xla_tpu_enable_offloading_gather_to_sparsecore=false "
-    "--xla_tpu_offload_gather_to_sparsecore=false --xla_tpu_enable_sparse_core_compute_offload=false"
+NO_SPARSECORE = (
+    "--xla_tpu_enable_offloading_gather_to_sparsecore=false",
+    "--xla_tpu_offload_gather_to_sparsecore=false",
+    "--xla_tpu_enable_sparse_core_compute_offload=false",
 )
+ENVIRONMENT = dict(LIBTPU_INIT_ARGS=" ".join(NO_SPARSECORE))
 LOGITS = 2  # times those of a training step, where a teacher has logits too
 
 
