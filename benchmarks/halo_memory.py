@@ -24,7 +24,7 @@ from benchmarks.record import machine, save
 from configs import halo as configs
 from hybridjax.aot import conversion, sweep
 from hybridjax.aot.bill import bill
-from hybridjax.aot.hardware import GiB
+from hybridjax.aot.hardware import GiB, chip_of
 from hybridjax.aot.topology import target
 from hybridjax.config import MeshConfig, typed
 from hybridjax.halo.config import HaloConfig
@@ -126,6 +126,10 @@ def total(cell: dict) -> float:
     return cell.get("needed") or sum(cell["arithmetic"].values())
 
 
+def room_of(cell: dict) -> float:
+    return chip_of(POD).hbm if cell["where"] == POD else HOST_MEMORY
+
+
 def table(cells: dict[str, dict]) -> str:
     parts = list(dict.fromkeys(part for c in cells.values() for part in c["arithmetic"]))
     header = ["stage, where", *parts, "sum", "compiled", "of", ""]
@@ -143,9 +147,11 @@ def table(cells: dict[str, dict]) -> str:
     for name, cell in cells.items():
         sizes = [f"{cell['arithmetic'].get(part, 0) / GiB:.2f}" for part in parts]
         sizes.append(f"{sum(cell['arithmetic'].values()) / GiB:.1f}")
-        room = cell.get("available") or HOST_MEMORY
+        room = room_of(cell)
         laid_out = f"{cell['needed'] / GiB:.1f}" if "needed" in cell else cell.get("failure", "")
         verdict = "fits" if total(cell) <= room else "**does not fit**"
+        if "failure" in cell:
+            verdict += ", by arithmetic"
         lines.append(
             f"| {name} | {' | '.join(sizes)} | {laid_out} | {room / GiB:.1f} | {verdict} |"
         )
@@ -158,7 +164,7 @@ def advice(cells: dict[str, dict]) -> list[str]:
     for name, cell in cells.items():
         if cell["settings"]:
             lines.append(f"- {name}: with {', '.join(cell['settings'])}.")
-        if (room := cell.get("available") or HOST_MEMORY) < total(cell):
+        if (room := room_of(cell)) < total(cell):
             state = sum(
                 cell["arithmetic"].get(part, 0)
                 for part in ("parameters", "optimizer", "gradients", "teacher")
