@@ -11,6 +11,7 @@ after each cell, and docs/results/halo_memory.md.
 
 import argparse
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from benchmarks.record import machine, save
 from configs import halo as configs
 from hybridjax.aot import conversion, sweep
 from hybridjax.aot.bill import bill
-from hybridjax.aot.hardware import GiB
+from hybridjax.aot.hardware import GiB, chip_of
 from hybridjax.aot.topology import target
 from hybridjax.config import MeshConfig, typed
 from hybridjax.halo.config import HaloConfig
@@ -38,6 +39,13 @@ MESHES = {
     HOST: MeshConfig(data=1, fsdp=8),
     f"{HOST}, weights not divided": MeshConfig(data=8),
 }
+# Without it libtpu 0.0.50 fails on the tables of rotary positions (a RET_CHECK of its own).
+NO_SPARSECORE = (
+    "--xla_tpu_enable_offloading_gather_to_sparsecore=false",
+    "--xla_tpu_offload_gather_to_sparsecore=false",
+    "--xla_tpu_enable_sparse_core_compute_offload=false",
+)
+ENVIRONMENT = dict(LIBTPU_INIT_ARGS=" ".join(NO_SPARSECORE))
 LOGITS = 2  # times those of a training step, where a teacher has logits too
 
 
@@ -92,12 +100,15 @@ def compiled(stage: str, mesh: MeshConfig, changes: tuple[str, ...], timeout: fl
         f"--config=configs/halo.py:{','.join([PRESET, *changes])}", f"--program={stage}",
         f"--topology={POD}", *axes,
     ]  # fmt: skip
-    record, start = dict(flags=flags), time.perf_counter()
+    record, start = dict(flags=flags, environment=ENVIRONMENT), time.perf_counter()
     with tempfile.TemporaryDirectory() as directory:
         path = pathlib.Path(directory) / "cell.json"
         command = [sys.executable, "-m", "hybridjax.compile", *flags, f"--json={path}"]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=timeout,
+                env=os.environ | ENVIRONMENT,
+            )  # fmt: skip
         except subprocess.TimeoutExpired:
             return record | dict(failure=f"not compiled within {timeout:.0f} s")
         record["seconds"] = time.perf_counter() - start
@@ -113,6 +124,10 @@ def compiled(stage: str, mesh: MeshConfig, changes: tuple[str, ...], timeout: fl
 def total(cell: dict) -> float:
     """Bytes of one device: as compiled, or else by arithmetic."""
     return cell.get("needed") or sum(cell["arithmetic"].values())
+
+
+def room_of(cell: dict) -> float:
+    return chip_of(POD).hbm if cell["where"] == POD else HOST_MEMORY
 
 
 def table(cells: dict[str, dict]) -> str:
@@ -132,9 +147,11 @@ def table(cells: dict[str, dict]) -> str:
     for name, cell in cells.items():
         sizes = [f"{cell['arithmetic'].get(part, 0) / GiB:.2f}" for part in parts]
         sizes.append(f"{sum(cell['arithmetic'].values()) / GiB:.1f}")
-        room = cell.get("available") or HOST_MEMORY
+        room = room_of(cell)
         laid_out = f"{cell['needed'] / GiB:.1f}" if "needed" in cell else cell.get("failure", "")
         verdict = "fits" if total(cell) <= room else "**does not fit**"
+        if "failure" in cell:
+            verdict += ", by arithmetic"
         lines.append(
             f"| {name} | {' | '.join(sizes)} | {laid_out} | {room / GiB:.1f} | {verdict} |"
         )
@@ -147,7 +164,7 @@ def advice(cells: dict[str, dict]) -> list[str]:
     for name, cell in cells.items():
         if cell["settings"]:
             lines.append(f"- {name}: with {', '.join(cell['settings'])}.")
-        if (room := cell.get("available") or HOST_MEMORY) < total(cell):
+        if (room := room_of(cell)) < total(cell):
             state = sum(
                 cell["arithmetic"].get(part, 0)
                 for part in ("parameters", "optimizer", "gradients", "teacher")

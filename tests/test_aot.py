@@ -559,6 +559,9 @@ HALO = "--config=tests/halo/micro_halo.py:micro"
 STAGE_FAULTS = {
     "no stage": ([HALO], "is a conversion: give --program=align|distill|finetune"),
     "no conversion": ([CONFIG, "--program=align"], "is a stage of a conversion: give configs/halo"),
+    "letters": (
+        [HALO, "--program=distill", "--config.select.layers=LAL"], "is 'LAL': give 2 letters",
+    ),
     "a sweep": (
         [HALO, "--program=align", "--sweep", "--topology=cpu:8"], "--sweep knows no stages",
     ),

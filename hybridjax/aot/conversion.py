@@ -7,7 +7,13 @@ import jax
 from hybridjax.aot.program import Program, batch_of, bodies, placed, train_program
 from hybridjax.config import Config, ModelConfig, UserError, typed
 from hybridjax.halo import selection, transfer, updates
-from hybridjax.halo.config import HaloConfig, check_teacher, run_config, student_config
+from hybridjax.halo.config import (
+    HaloConfig,
+    check_stack,
+    check_teacher,
+    run_config,
+    student_config,
+)
 from hybridjax.train import new_model, source_of
 from hybridjax.workdir import load_config
 
@@ -26,8 +32,10 @@ def teacher_of(halo: HaloConfig) -> ModelConfig:
 def stack_of(halo: HaloConfig, teacher: ModelConfig) -> str:
     """The hybrid that was chosen by hand; else one with as much attention, evenly spaced."""
     depth = len(teacher.layers)
+    if halo.select.layers:
+        return check_stack(halo.select.layers, depth)
     kept = selection.evenly(depth, halo.select.keep or max(1, depth // 4))
-    return halo.select.layers or "".join("LA"[i in kept] for i in range(depth))
+    return "".join("LA"[i in kept] for i in range(depth))
 
 
 def config_of(halo: HaloConfig, stage: str) -> Config:

@@ -115,6 +115,15 @@ def check_teacher(halo: HaloConfig, teacher: ModelConfig) -> None:
             )
 
 
+def check_stack(layers: str, depth: int) -> str:
+    """A choice made by hand, with a letter for each of the teacher's layers."""
+    if len(layers) != depth or set(layers) - set("AL"):
+        raise UserError(
+            f"config.select.layers is {layers!r}: give {depth} letters, A (attention) or L (linear)"
+        )
+    return layers
+
+
 def student_config(halo: HaloConfig, teacher: ModelConfig, layers: str) -> ModelConfig:
     """The hybrid: `A` for the attention that stays, `L` for the linear mixer."""
     block = teacher.blocks[teacher.layers[0]]

@@ -25,7 +25,7 @@ from hybridjax.config import Config, UserError, typed
 from hybridjax.data.tokenizer import load_tokenizer
 from hybridjax.files import read_json, write_json
 from hybridjax.halo import selection, transfer, updates
-from hybridjax.halo.config import HaloConfig, check_teacher, run_config
+from hybridjax.halo.config import HaloConfig, check_stack, check_teacher, run_config
 from hybridjax.mixers.base import Mixer
 from hybridjax.models.decoder import Decoder
 from hybridjax.workdir import load_config
@@ -85,7 +85,7 @@ def select(halo: HaloConfig, workdir: pathlib.Path) -> bool:
     teacher = load_teacher(halo, workdir)
     depth = len(teacher.config.model.layers)
     if halo.select.layers:
-        layers = _checked(halo.select.layers, depth)
+        layers = check_stack(halo.select.layers, depth)
         _write(path, {"rule": "by hand", "layers": layers})
         return True
     if halo.select.rule not in selection.RULES:
@@ -267,14 +267,6 @@ def _every_token(batch: train.Batch) -> train.Batch:
 
 def _flops(mixers: Mixer) -> float:
     return 6.0 * sum(x.size for x in jax.tree.leaves(mixers) if x.ndim >= 3)  # stacked matrices
-
-
-def _checked(layers: str, depth: int) -> str:
-    if len(layers) != depth or set(layers) - set("AL"):
-        raise UserError(
-            f"config.select.layers is {layers!r}: give {depth} letters, A (attention) or L (linear)"
-        )
-    return layers
 
 
 def _write(path: pathlib.Path, value: dict[str, Any]) -> None:
