@@ -6,11 +6,10 @@ Nothing is truncated, since the models have no longest text; where evaluation ch
 log scaling, it is used.
 """
 
-import contextlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from hybridjax.config import UserError
 from hybridjax.data.tokenizer import Tokenizer
 from hybridjax.evals.completion import complete
 from hybridjax.evals.likelihood import Request, log_likelihoods
-from hybridjax.files import reason
+from hybridjax.files import one_line
 from hybridjax.models.decoder import Decoder
 from hybridjax.workdir import Run
 
@@ -99,7 +98,8 @@ class Tasks(TaskManager):
 
     def load(self, task_list):
         """Raises `UserError` where the data is missing."""
-        with _one_line(task_list):
+        data = f"cannot load the data of {', '.join(task_list)}: "
+        with one_line(data, "fetch it once where there is a network, into HF_HOME"):
             return super().load(task_list)
 
     def measure(self, model: HarnessModel, limit: int | None = None) -> dict[str, Any]:
@@ -136,14 +136,3 @@ def summary(run: Run, results: dict[str, Any]) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     return make_table(results)
-
-
-@contextlib.contextmanager
-def _one_line(tasks: Sequence[str]) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # of `datasets`, the network, a task's own code
-        raise UserError(
-            f"cannot load the data of {', '.join(tasks)} ({type(error).__name__}: "
-            f"{reason(error)}): fetch it once where there is a network, into HF_HOME"
-        ) from error

@@ -103,12 +103,10 @@ def select(halo: HaloConfig, workdir: pathlib.Path) -> bool:
         halo.evaluation.facts[0],
         halo.evaluation.task,
     )
-    by_tasks = _asking_tasks(halo, teacher, mixers)
-    ask = lambda chosen: dataclasses.asdict(
-        selection.measure(model, chosen, questions)
-    ) | by_tasks(chosen)
+    ask = lambda chosen: dataclasses.asdict(selection.measure(model, chosen, questions))
+    ask_tasks = _asking_tasks(halo, teacher, mixers)
     rows = found.get("models", {})
-    if not _sweep(path, rows, depth, ask):
+    if not _sweep(path, rows, depth, lambda chosen: ask(chosen) | ask_tasks(chosen)):
         return False
     measured = {name: selection.Measured(**row) for name, row in rows.items()}
     scores = selection.scores_of_rules(measured, depth, keep, halo.select)

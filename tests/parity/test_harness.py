@@ -113,7 +113,7 @@ def test_faults_are_one_line(folder, model):
     run = Run(folder, typed(get_config()), model, ByteTokenizer(), step=7, metadata={})
     with mock.patch.object(workdir, "open_run", return_value=run):
         for task, line in (
-            ("choice", "cannot load the data of choice (FileNotFoundError"),
+            ("choice", "cannot load the data of choice: Unable to find"),
             ("chioce", "there is no task 'chioce': `lm-eval ls tasks` lists"),
         ):
             flags = (f"--workdir={folder}", f"--harness={task}", f"--task_folder={folder}")
