@@ -1,6 +1,6 @@
 """What is retrieved: the probes against plain NumPy, and the figures that are made of them."""
 
-
+import dataclasses
 import json
 from unittest import mock
 
@@ -145,6 +145,18 @@ def test_a_report_counts_what_one_visible_chunk_says(exam):
         assert line["recall"][8] == 1.0  # of at most eight
         known = [share for share in line["by_depth"] if share is not None]
         assert known and len(line["by_depth"]) == 10
+
+
+@pytest.mark.parametrize(
+    "back, width, true",
+    [(0, 1, False), (C, C, True), (C, C + 1, False)],
+    ids=["unfinished", "whole", "across"],
+)
+def test_only_one_whole_chunk_can_say_the_answer(exam, back, width, true):
+    start = exam.asked // C * C - back
+    moved = dataclasses.replace(exam, evidence=np.stack([start, start + width], axis=-1))
+    reading = recall.readings(decoder(STACK), moved)[0]
+    np.testing.assert_array_equal(reading.true, start // C if true else -np.ones_like(start))
 
 
 def test_points_are_centred(exam):
