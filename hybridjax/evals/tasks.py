@@ -168,7 +168,7 @@ def _continue(
 ) -> Int[Array, "B 2 S"]:
     """The likeliest token after each, as given and with the model's own where `own` says so."""
     tokens, own = place(tokens, "batch", None), place(own, "batch", None)
-    likeliest = lambda h: jnp.argmax(model.logits(h), axis=-1)
+    likeliest = lambda h: place(jnp.argmax(model.logits(h), axis=-1), "batch", None)
 
     def write(carry, given):
         last, state = carry
@@ -180,4 +180,4 @@ def _continue(
 
     forced, _ = model.extend(tokens, state, logit_base=base)
     _, written = jax.lax.scan(write, (tokens[:, 0], state), (tokens.T, own.T))
-    return jnp.stack([likeliest(forced), written.T], axis=1)
+    return jnp.stack([likeliest(forced), place(written.T, "batch", None)], axis=1)
