@@ -21,7 +21,7 @@ of 8192; the places of its HSA layers, the encoder and tying are inferred.
 The variant `tasks` adds the paper family's tasks to what is trained and asked: MQ-NIAH, variable
 tracking, frequent words (RULER, arXiv 2404.06654) and BABILong's qa1 to qa3 (arXiv 2406.10149).
 
-Variants undo one choice each: `swa_only`, `mean_pool`, `no_encoder`, `no_bypass`, `stick`,
+Others undo one choice each: `swa_only`, `mean_pool`, `no_encoder`, `no_bypass`, `stick`,
 `joint`, `dense_topk`, `once_per_chunk`, `noise`, `recency_bias`, `off_by_one`, `mask_window`.
 """
 
