@@ -18,14 +18,15 @@ encoder, from the authors' code; the optimizer, from that of RAMba (arXiv 2504.1
 like-for-like suite of HiLS (arXiv 2607.02980): 16 layers, 16 heads over 2, FFN 4096, top-32 at rows
 of 8192; the places of its HSA layers, the encoder and tying are inferred.
 
-Variants undo one choice each: `swa_only`, `mean_pool`, `no_encoder`, `no_bypass`, `stick`,
+The variant `tasks` adds the paper family's tasks to what is trained and asked: MQ-NIAH, variable
+tracking, frequent words (RULER, arXiv 2404.06654) and BABILong's qa1 to qa3 (arXiv 2406.10149).
+
+Others undo one choice each: `swa_only`, `mean_pool`, `no_encoder`, `no_bypass`, `stick`,
 `joint`, `dense_topk`, `once_per_chunk`, `noise`, `recency_bias`, `off_by_one`, `mask_window`.
 Others are the baselines, in as many layers of one kind and with as many parameters: full attention
 (`rope`, `nope`, `yarn`), `landmark`, `nsa`, `moba`, `stick_breaking` and `mamba2`. `yarn` reads 16
 times the training row; it has the parameters of `rope`, whose checkpoint it can start from:
 `--config.init_from=WORKDIR`.
-`tasks` adds the paper family's tasks to what is trained and asked: MQ-NIAH, variable tracking,
-frequent words (RULER, arXiv 2404.06654) and BABILong's qa1 to qa3 (arXiv 2406.10149).
 """
 
 import jax
@@ -136,6 +137,22 @@ def _crowded(config: ConfigDict) -> dict:
     return dict(key_length=2, separator="=", alike=3, together=max(1, chunk // 7 - 1))
 
 
+def _tasks(config: ConfigDict) -> None:
+    """The tasks in as many rows as the facts and the text together have."""
+    made = dict(
+        needles=source("retrieval", facts=8, queries=2, **_crowded(config)),
+        variables=source("variables", chains=2, hops=2, name_length=2),
+        names=source("variables", chains=2, hops=2, name_length=2, ask="names"),
+        words=source("words", letters=2),
+        **{task: source("babilong", task=task, facts=4) for task in ("qa1", "qa2", "qa3")},
+    )
+    rows = sum(spec.weight for spec in config.data.sources.values())
+    for spec in made.values():
+        spec.weight = rows / len(made)
+    config.data.sources.update(made)
+    config.evaluation.tasks = tuple(made)
+
+
 # ---------------------------------------------------------------- the papers' sizes
 
 
@@ -229,22 +246,6 @@ def _once_per_chunk(config: ConfigDict) -> None:
 
 def _mask_window(config: ConfigDict) -> None:
     _set("retrieval", window=config.model.blocks.S.mixers[0].window)(config)
-
-
-def _tasks(config: ConfigDict) -> None:
-    """The tasks in as many rows as the facts and the text together have."""
-    made = dict(
-        needles=source("retrieval", facts=8, queries=2, **_crowded(config)),
-        variables=source("variables", chains=2, hops=2, name_length=2),
-        names=source("variables", chains=2, hops=2, name_length=2, ask="names"),
-        words=source("words", letters=2),
-        **{task: source("babilong", task=task, facts=4) for task in ("qa1", "qa2", "qa3")},
-    )
-    rows = sum(spec.weight for spec in config.data.sources.values())
-    for spec in made.values():
-        spec.weight = rows / len(made)
-    config.data.sources.update(made)
-    config.evaluation.tasks = tuple(made)
 
 
 # ---------------------------------------------------------------- baselines of the same size

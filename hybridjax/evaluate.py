@@ -191,7 +191,7 @@ def measure_retrieval(run: Run) -> tuple[list[dict[str, Any]], int, tuple]:
     config, ev = run.config, run.config.evaluation
     top_k, cells, layer, points = recall.top_k(run.model), [], None, None
     exams = {name: task_of(config, run.tokenizer, name).exam for name in ev.tasks}
-    if not exams:
+    if ev.facts and not exams:
         haystack = Haystack(run.tokenizer, ev.split, **ev.task)
         exams["needle"] = functools.partial(needle_batch, haystack, 0, facts=ev.facts[0])
     for name, exam_of in exams.items():
@@ -208,6 +208,11 @@ def measure_retrieval(run: Run) -> tuple[list[dict[str, Any]], int, tuple]:
                 dict(task=name, length=length, train_length=config.seq_len, **line)
                 for line in lines
             ]
+    if not cells:
+        raise UserError(
+            f"nothing to look into: config.evaluation needs tasks or facts, and lengths of at most "
+            f"{LONGEST_LOOK} tokens"
+        )
     return cells, layer, points
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from hybridjax.config import UserError
 from hybridjax.data.tasks import Exam
 from hybridjax.evals.batches import in_batches, traced
-from hybridjax.layers.linear import split_heads
+from hybridjax.layers.linear import repeat_heads, split_heads
 from hybridjax.mixers.base import Context
 from hybridjax.mixers.chunk_encoder import ChunkEncoder
 from hybridjax.mixers.chunk_memory import ChunkMemory
@@ -197,9 +197,9 @@ def _mass(mixer: HSA, x: Float[Array, "B A D"], ctx: Context) -> Float[Array, "B
     q = split_heads(mixer.query(x), mixer.head_dim)
     q = q if mixer.query_norm is None else mixer.query_norm(q)
     q, keys = _whole(q), _whole(memory.keys)
-    q = q.reshape(*q.shape[:2], keys.shape[2], -1, mixer.head_dim)
-    logits = jnp.einsum("baghk,bsgk->baghs", q, keys, preferred_element_type=jnp.float32)
-    logits = logits.reshape(*logits.shape[:2], mixer.heads, -1, memory.chunk_size)
+    keys = repeat_heads(keys, mixer.heads // keys.shape[2])
+    logits = jnp.einsum("bahk,bshk->bahs", q, keys, preferred_element_type=jnp.float32)
+    logits = logits.reshape(*logits.shape[:3], -1, memory.chunk_size)
     return jax.nn.logsumexp(logits * mixer.head_dim**-0.5, axis=-1)
 
 

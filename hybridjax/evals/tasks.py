@@ -130,33 +130,32 @@ def answers(
 
     What comes before the first answer of the exam is not predicted but as it should be.
     """
-    length, base = exam.tokens.shape[1], traced(logit_base)
-    start = int(exam.asked.min())
-    rows = np.concatenate([exam.tokens, exam.targets[:, -1:], exam.answers], axis=1)
-    split = lambda rows: (rows[:, : length + 1], rows[:, length + 1 :] > 0)
-    both = in_batches(lambda r: _answer(model, *split(r), base, start, beyond), rows)
+    start, base = int(exam.asked.min()), traced(logit_base)
+    tokens = np.concatenate([exam.tokens, exam.targets[:, -1:]], axis=1)
+    own = np.pad(exam.answers > 0, ((0, 0), (1, 0)))
+    marked = 2 * tokens + own  # one array, as batches are cut
+    both = in_batches(lambda x: _answer(model, x // 2, x % 2 > 0, base, start, beyond), marked)
     forced, written = exam.targets.copy(), np.pad(exam.targets, ((0, 0), (0, beyond)))
-    forced[:, start:], written[:, start:] = both[:, 0, : length - start], both[:, 1]
+    forced[:, start:], written[:, start:] = both[:, 0, : forced[:, start:].shape[1]], both[:, 1]
     return forced, written
 
 
 def _answer(
     model: Decoder,
     tokens: Int[np.ndarray, "B T+1"],
-    answered: Bool[np.ndarray, "B T"],
+    own: Bool[np.ndarray, "B T+1"],
     base: Float[Array, ""],
     start: int,
     beyond: int,
 ) -> Int[Array, "B 2 S"]:
-    """From `start` on, of T inputs and `beyond` more; `answered`: where targets are answers."""
-    size = answered.shape[1] - start + beyond
+    """After the inputs from `start` on, of T and `beyond` more; `own`: those that are answers."""
+    size = tokens.shape[1] - 1 - start + beyond
     state = new_state(model, tokens.shape[0], start + size)
     piece = min(PIECE, 1 << max(start - 1, 1).bit_length())
     state, _ = prefill(model, tokens[:, :start], state, logit_base=base, piece=piece)
-    more = ((0, 0), (0, beyond))
-    given = np.pad(tokens, more)[:, start : start + size]
-    own = np.pad(answered, more, constant_values=True)[:, start - 1 : start - 1 + size]
-    return _continue(model, given, own, state, base)
+    more, part = ((0, 0), (0, beyond)), slice(start, start + size)
+    given, own = np.pad(tokens, more), np.pad(own, more, constant_values=True)
+    return _continue(model, given[:, part], own[:, part], state, base)
 
 
 @jax.jit
@@ -169,7 +168,7 @@ def _continue(
 ) -> Int[Array, "B 2 S"]:
     """The likeliest token after each, as given and with the model's own where `own` says so."""
     tokens, own = place(tokens, "batch", None), place(own, "batch", None)
-    likeliest = lambda h: jnp.argmax(model.logits(h), axis=-1)
+    likeliest = lambda h: place(jnp.argmax(model.logits(h), axis=-1), "batch", None)
 
     def write(carry, given):
         last, state = carry
@@ -181,4 +180,4 @@ def _continue(
 
     forced, _ = model.extend(tokens, state, logit_base=base)
     _, written = jax.lax.scan(write, (tokens[:, 0], state), (tokens.T, own.T))
-    return jnp.stack([likeliest(forced), written.T], axis=1)
+    return jnp.stack([likeliest(forced), place(written.T, "batch", None)], axis=1)

@@ -94,7 +94,9 @@ def test_splits_part_the_documents(kind):
     assert sorted(found) == sorted(TEXTS)
 
 
-@pytest.mark.parametrize("count, drawn", [(2, 60), (8, 10)], ids=["few streams", "many streams"])
+@pytest.mark.parametrize(
+    "count, drawn", [(2, 60), (8, 10)], ids=["few streams", "many streams"]
+)
 def test_shards_part_the_documents(kind, count, drawn):
     source, found = kind("train"), []
     for i in range(count):

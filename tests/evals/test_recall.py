@@ -1,6 +1,6 @@
 """What is retrieved: the probes against plain NumPy, and the figures that are made of them."""
 
-
+import dataclasses
 import json
 from unittest import mock
 
@@ -12,13 +12,14 @@ from small import HEADS, MEMORY, decoder
 
 from configs import hsa
 from hybridjax import evaluate
-from hybridjax.config import UserError, typed
+from hybridjax.config import MeshConfig, UserError, typed
 from hybridjax.data.sources import build_source, source
 from hybridjax.data.tokenizer import ByteTokenizer
 from hybridjax.evals import recall
 from hybridjax.mixers.base import Context
 from hybridjax.mixers.hsa import HSA
 from hybridjax.mixers.retrieval import Retrieval
+from hybridjax.sharding import make_mesh, place_parameters
 from hybridjax.workdir import Run
 
 STACK = "EHh"  # retrieves once, reads twice
@@ -76,6 +77,16 @@ def test_readings_are_a_plain_computation(exam):
         np.testing.assert_allclose(reading.mass, mass, atol=2e-5)
         expected = correlation(scores, mass, exam.asked // C)
         np.testing.assert_allclose(reading.correlation(), expected, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_readings_over_devices(exam):
+    expected = recall.readings(decoder(STACK), exam)
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, tensor=2, context=2))):
+        found = recall.readings(jax.jit(place_parameters)(decoder(STACK)), exam)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a.scores, b.scores, atol=1e-5)
+        np.testing.assert_allclose(a.mass, b.mass, atol=1e-5)
 
 
 def correlation(scores, mass, ended):
@@ -145,6 +156,18 @@ def test_a_report_counts_what_one_visible_chunk_says(exam):
         assert line["recall"][8] == 1.0  # of at most eight
         known = [share for share in line["by_depth"] if share is not None]
         assert known and len(line["by_depth"]) == 10
+
+
+@pytest.mark.parametrize(
+    "back, width, true",
+    [(0, 1, False), (C, C, True), (C, C + 1, False)],
+    ids=["unfinished", "whole", "across"],
+)
+def test_only_one_whole_chunk_can_say_the_answer(exam, back, width, true):
+    start = exam.asked // C * C - back
+    moved = dataclasses.replace(exam, evidence=np.stack([start, start + width], axis=-1))
+    reading = recall.readings(decoder(STACK), moved)[0]
+    np.testing.assert_array_equal(reading.true, start // C if true else -np.ones_like(start))
 
 
 def test_points_are_centred(exam):

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from small import decoder
 
+from hybridjax.config import MeshConfig
 from hybridjax.data.sources import build_source, source
 from hybridjax.data.tokenizer import ByteTokenizer
 from hybridjax.evals import tasks
+from hybridjax.sharding import make_mesh, place_parameters
 
 TRAINED = 104
 TASKS = {
@@ -47,6 +49,16 @@ def test_answers_are_forced_and_written():
         if column + 1 < line.shape[1]:
             line[:, column + 1] = np.where(own[:, column], said, line[:, column + 1])
     assert (forced != written[:, :TRAINED]).any()  # else this shows nothing
+
+
+@pytest.mark.slow
+def test_answers_over_devices():
+    model, exam = decoder("A"), task("needles").exam(3, TRAINED)
+    expected = tasks.answers(model, exam, None, 3)
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, tensor=2, context=2))):
+        found = tasks.answers(jax.jit(place_parameters)(model), exam, None, 3)
+    for a, b in zip(found, expected):
+        np.testing.assert_array_equal(a, b)
 
 
 def cell(name, right, *, times=4, written=None, **changes):
