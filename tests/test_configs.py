@@ -118,7 +118,7 @@ def test_baselines_of_hsa_have_its_size(preset):
     for baseline in BASELINES:
         config = load("hsa", f"{preset},{baseline}")
         assert config.model.layers == "A" * layers
-        assert abs(parameters(config) / parameters(plain) - 1) < 0.01, baseline
+        assert abs(parameters(config) / parameters(plain) - 1) < 0.02, baseline
 
 
 def test_variants_of_hsa_add_up():
