@@ -124,22 +124,29 @@ def prefill(
     Where the upper layers look back a bounded way only, they read the ends of the prompts alone.
     The state is used up: copy one that is to be continued in several ways.
     """
-    longest = max(map(len, rows))
-    tokens = np.zeros((len(rows), longest + piece), np.int32)  # every piece is whole
-    segments = np.zeros_like(tokens)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)], segments[i, : len(row)] = row, 1
     logits = None
     for start, size, matters in _pieces([len(row) for row in rows], piece, model):
-        part = slice(start, start + size)
+        tokens, segments = _whole_piece(rows, start, size)
         if not matters:
-            state = remember_piece(model, tokens[:, part], segments[:, part], state, logit_base)
+            state = remember_piece(model, tokens, segments, state, logit_base)
             continue
-        new, state = read_piece(model, tokens[:, part], segments[:, part], state, logit_base)
+        new, state = read_piece(model, tokens, segments, state, logit_base)
         # A row that ended in an earlier piece keeps the logits after its own last token.
-        ended = jnp.asarray(segments[:, start] == 0)[:, None]
+        ended = jnp.asarray(segments[:, 0] == 0)[:, None]
         logits = new if logits is None else jnp.where(ended, logits, new)
     return state, logits
+
+
+def _whole_piece(
+    rows: Sequence[Int[np.ndarray, " n"]], start: int, size: int
+) -> tuple[Int[np.ndarray, "B size"], Int[np.ndarray, "B size"]]:
+    """Tokens from `start` on and their segments, filled up with padding."""
+    tokens = np.zeros((len(rows), size), np.int32)
+    segments = np.zeros_like(tokens)
+    for i, row in enumerate(rows):
+        part = row[start : start + size]
+        tokens[i, : len(part)], segments[i, : len(part)] = part, 1
+    return tokens, segments
 
 
 def _pieces(ends: Sequence[int], piece: int, model: Decoder) -> Iterator[tuple[int, int, bool]]:

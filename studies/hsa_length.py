@@ -126,6 +126,7 @@ def measure(name: str, seed: int, length: int, text: str) -> None:
         facts=FACTS, exact=float(hits.mean()), deep_questions=int(deep.sum()),
         deep=float(hits[deep].mean()) if deep.any() else None,
         reading_tokens_per_second=length / reading, asking_seconds_per_question=asking / FACTS,
+        peak_memory=generate.peak_memory(),  # of the process, which reads shorter rows first
         text_sha256=hashlib.sha256(text.encode()).hexdigest(),
     )  # fmt: skip
     CELLS.mkdir(parents=True, exist_ok=True)
@@ -142,12 +143,15 @@ def read_and_ask(
         random.Random(seed), length - haystack.width, FACTS
     )
     tokens, questions = np.array(tokens, np.int32), np.array(questions, np.int32)
-    state, base = generate.new_state(run.model, 1, length), traced(run.logit_base)
+    state = generate.new_state(run.model, 1, length, chunks_on_host=True)
+    base = traced(run.logit_base)
     began = time.perf_counter()
     state, _ = jax.block_until_ready(
         generate.prefill(run.model, [tokens], state, logit_base=base, piece=min(PIECE, length))
     )
     read = time.perf_counter()
+    speed = f"{length / (read - began):,.0f} tokens/s, {generate.sizes(state)}"
+    print(f"read {length:,} tokens, {speed}", flush=True)
     _, predicted = ask(run.model, state, jnp.asarray(questions), base)
     first, last = haystack.value_start, haystack.width - 1
     hits = np.asarray(predicted)[:, first - 1 : last - 1] == questions[:, first:last]

@@ -10,7 +10,7 @@ import pytest
 from commands import run
 from ml_collections import ConfigDict
 
-from hybridjax import generate, workdir
+from hybridjax import generate, host_memory, workdir
 from hybridjax.config import MeshConfig, ModelConfig, UserError, typed
 from hybridjax.data.tokenizer import load_tokenizer
 from hybridjax.mixers.base import Context
@@ -196,7 +196,7 @@ def test_a_loaded_state_goes_on_where_it_was(prompts, tmp_path):
     assert write(loaded, 4).tolist() == write(read(prompts), 4).tolist()
 
 
-def test_faults_of_states(prompts, tmp_path):
+def test_faults_of_states(prompts, tmp_path, monkeypatch):
     path = tmp_path / "state"
     generate.save_prefix(str(path), read(prompts))
     with pytest.raises(UserError, match="the state of another model"):
@@ -205,6 +205,9 @@ def test_faults_of_states(prompts, tmp_path):
         generate.fork(generate.load_prefix(str(path), model()), 2)
     with pytest.raises(UserError, match="beyond the last position"):
         generate.new_state(model(), 1, 2**25 + 1)
+    monkeypatch.setattr(host_memory, "free_bytes", lambda: 1000)
+    with pytest.raises(UserError, match="needs .* bytes of host memory and 1,000 are free: give"):
+        generate.new_state(model(), 1, 512)
 
 
 # ---------------------------------------------------------------- the command

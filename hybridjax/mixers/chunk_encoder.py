@@ -43,6 +43,7 @@ class ChunkEncoder(Mixer):
         theta: float = 10_000.0,
         key_norm: bool = True,
         landmark_norm: bool = False,
+        state_dtype: str | None = None,
         eps: float = 1e-6,
     ):
         """Args:
@@ -53,6 +54,7 @@ class ChunkEncoder(Mixer):
         encoder_layers: 0 reads the stream as it is, and needs landmark="mean".
         encoder_heads: of width / encoder_heads each.
         hidden: width of the encoder's MLP; default: 8/3 of the width, to a multiple of 64.
+        state_dtype: of the keys and values that decoding keeps; default: the model's.
         """
         if landmark not in ("cls", "mean"):
             raise UserError(f"landmark is {landmark!r}: use 'cls' or 'mean'")
@@ -60,7 +62,7 @@ class ChunkEncoder(Mixer):
             raise UserError("landmark='cls' needs an encoder: set encoder_layers, or 'mean'")
         self.chunk_size, self.kv_heads, self.head_dim = chunk_size, kv_heads, head_dim
         self.groups, self.landmark_dim = groups or kv_heads, landmark_dim
-        self.width = width
+        self.width, self.state_dtype = width, state_dtype
         keys = iter(jax.random.split(key, encoder_layers + 4))
         layer = lambda: EncoderLayer(
             width, next(keys), heads=encoder_heads, theta=theta, eps=eps,
@@ -96,7 +98,7 @@ class ChunkEncoder(Mixer):
         count = -(-max_length // self.chunk_size)
         return ChunkState.empty(
             batch, count, self.chunk_size, self.width, self.groups, self.landmark_dim,
-            self.kv_heads, self.head_dim, dtype,
+            self.kv_heads, self.head_dim, dtype, jnp.dtype(self.state_dtype or dtype),
         )  # fmt: skip
 
     def extend(self, x: Float[Array, "B T D"], state: ChunkState, ctx: Context):

@@ -51,10 +51,10 @@ class ChunkState:
     @classmethod
     def empty(
         cls, batch: int, count: int, size: int, width: int, groups: int, landmark_dim: int,
-        kv_heads: int, head_dim: int, dtype: jnp.dtype,
+        kv_heads: int, head_dim: int, dtype: jnp.dtype, kv_dtype: jnp.dtype,
     ) -> "ChunkState":  # fmt: skip
-        zeros = lambda *shape: jnp.zeros((batch, *shape), dtype)
-        heads = lambda count: (zeros(count, size, kv_heads, head_dim),) * 2
+        zeros = lambda *shape, dtype=dtype: jnp.zeros((batch, *shape), dtype)
+        heads = lambda count: (zeros(count, size, kv_heads, head_dim, dtype=kv_dtype),) * 2
         landmarks, length = zeros(count, groups, landmark_dim), jnp.zeros(batch, jnp.int32)
         return place_state(cls(zeros(size, width), landmarks, *heads(count), *heads(0), length))
 

@@ -95,7 +95,7 @@ class HSA(Mixer):
         in_axes = (queries, whole, whole, chosen, chosen)
         attend = over_mesh(attend, in_axes, (queries, q.shape))
         o = attend(q, keys, values, selection.indices, selection.weights)
-        return self.output(o.reshape(*x.shape[:2], -1))
+        return self.output(o.astype(x.dtype).reshape(*x.shape[:2], -1))
 
 
 def _shared(y: Array | None, kv_heads: int) -> Array | None:

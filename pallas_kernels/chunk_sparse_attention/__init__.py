@@ -14,10 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.arguments import check_arrays
-from pallas_kernels.chunk_sparse_attention.gathered import attend_chunks
 from pallas_kernels.dispatch import Dispatch
-
-__all__ = ["attend_chunks", "chunk_sparse_attention"]
 
 _dispatch = Dispatch("chunk_sparse_attention", __name__, names=("reference", "xla", "tpu"),
                      best={"tpu": ("tpu", "xla")})

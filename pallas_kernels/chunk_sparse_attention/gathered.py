@@ -20,7 +20,7 @@ def attend_chunks(
     """`chunk_sparse_attention` where `k[b, t, g, j]` is the chunk in a slot.
 
     Of `indices` only counts which are -1, unless an index is given; what was fetched for these may
-    be any finite numbers. For few queries, as in decoding with a memory on the host.
+    be any finite numbers.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q = grouped(q, k.shape[2])

@@ -12,7 +12,7 @@ from hybridjax import generate
 from hybridjax.config import ModelConfig, typed
 from hybridjax.evals import needle
 from hybridjax.evals.questions import ask
-from hybridjax.mixers import host_chunks
+from hybridjax.mixers import chunk_memory
 from hybridjax.mixers.base import Context
 from hybridjax.models import block, mixer, mlp
 from hybridjax.models.decoder import Decoder
@@ -98,30 +98,33 @@ def test_needles_are_judged_in_pieces_as_in_whole_rows(rng, monkeypatch):
     np.testing.assert_array_equal(pieces, whole)
 
 
-def continued(model, rows, chunks_on_host):
-    """Logits and hidden states of three rows read in pieces, then four tokens one by one."""
-    state = generate.new_state(model, 3, 512, chunks_on_host)
-    state, logits = generate.prefill(model, [row[:-4] for row in rows], state, piece=64)
+def continued(model, rows, chunks_on_host, more):
+    """Logits and hidden states of rows read in pieces, the last `more` tokens one by one."""
+    state = generate.new_state(model, len(rows), 48, chunks_on_host)
+    read = [row[: len(row) - more] for row in rows]
+    state, logits = generate.prefill(model, read, state, piece=16)
     outs, step = [logits], jax.jit(lambda m, t, s: m.extend(t, s), donate_argnums=2)
-    for i in range(-4, 0):
+    for i in range(-more, 0):
         h, state = step(model, jnp.asarray([[row[i]] for row in rows]), state)
         outs.append(h)
     return outs, state
 
 
-def test_chunks_on_the_host_give_the_same_bits(rng):
-    """The longest row has more chunks than stay on the device."""
-    model = decoder("SEHhS")
-    rows = [rng.integers(1, VOCAB, n) for n in (450, 271, 7)]
-    expected, state = continued(model, rows, False)
-    found, on_host = continued(model, rows, True)
+@pytest.mark.parametrize("more", [0, pytest.param(4, marks=pytest.mark.slow)])
+def test_chunks_on_the_host_give_the_same_bits(rng, monkeypatch, more):
+    """One row has more chunks than stay on the device; the state's size is its formula."""
+    recent = 2
+    monkeypatch.setattr(chunk_memory, "RECENT", recent)
+    model, rows = decoder("EH"), [rng.integers(1, VOCAB, n) for n in (43, 9)]
+    expected, state = continued(model, rows, False, more)
+    found, on_host = continued(model, rows, True, more)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
-    (B, C, D), N, (G, K) = (3, 4, 16), 512 // 4, (1, 8)
-    chunks, recent = (4 * B * n * C * G * 2 * K for n in (N, host_chunks.RECENT))
+    (B, C, D), N, (G, K) = (2, 4, 16), 48 // 4, (1, 8)
+    chunks, recent = (4 * B * n * C * G * 2 * K for n in (N, recent))
     assert generate.host_bytes(on_host) == chunks and generate.host_bytes(state) == 0
     assert generate.state_bytes(on_host) == generate.state_bytes(state) + recent
-    on_device = generate.state_bytes(on_host.layers[1]) - chunks
+    on_device = generate.state_bytes(on_host.layers[0]) - chunks
     assert on_device == recent + 4 * B * (C * D + N * G * K + 1)  # 1: its length
 
 

@@ -8,7 +8,8 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import selection
-from pallas_kernels.chunk_sparse_attention import attend_chunks, chunk_sparse_attention, tpu, xla
+from pallas_kernels.chunk_sparse_attention import chunk_sparse_attention, tpu, xla
+from pallas_kernels.chunk_sparse_attention.gathered import attend_chunks
 from pallas_kernels.chunk_sparse_attention.shapes import SHAPES
 
 CASES = {
