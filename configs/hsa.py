@@ -255,7 +255,7 @@ def _mask_window(config: ConfigDict) -> None:
 def _baseline(type: str, **changes):
     """Every layer of one mixer, with the heads, window and chunks that HSA has.
 
-    `changes`: options of the mixer, or functions of the preset that give them.
+    `changes`: options of the mixer, or functions of the preset that give them; None: left out.
     """
 
     def change(config: ConfigDict) -> None:

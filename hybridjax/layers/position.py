@@ -111,8 +111,10 @@ def _table(count: int, stride: int, width: int, theta: float, scaling: Scaling) 
 def rotary_angles(
     positions: Int[Array, "B T"], width: int, theta: float, scaling: Scaling = ()
 ) -> tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]:
-    """Cosine and sine of each position's angles, times the scaling's amplitude, in f32, with an
-    axis for the heads."""
+    """Cosine and sine of each position's angles, times the scaling's amplitude, in f32.
+
+    There is an axis for the heads.
+    """
     table = functools.partial(_table, width=width, theta=theta, scaling=scaling)
     low = _lookup(table(_LOW, 1), positions % _LOW)
     high = _lookup(table(MAX_POSITION // _LOW + 1, _LOW), positions // _LOW)

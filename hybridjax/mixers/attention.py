@@ -82,7 +82,7 @@ class WindowCache:
 
 
 class Attention(Mixer):
-    kernel = staticmethod(attention)
+    kernel = staticmethod(attention)  # how queries read keys and values
 
     def __init__(
         self,
