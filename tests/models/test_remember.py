@@ -130,6 +130,19 @@ def test_chunks_on_the_host_give_the_same_bits(rng, monkeypatch, more):
 
 
 @pytest.mark.slow
+def test_a_memory_in_half_precision_is_near(rng, monkeypatch):
+    rows = [rng.integers(1, VOCAB, 43)]
+    (expected,), _ = continued(decoder("EH"), rows, True, 0)
+    half = block(mixer("chunk_encoder", **MEMORY, state_dtype="float16"))
+    monkeypatch.setitem(LEGEND, "E", half)
+    model = jax.jit(lambda: decoder.__wrapped__("EH"))()
+    (found,), state = continued(model, rows, True, 0)
+    assert state.layers[0][0].keys.dtype == jnp.float16
+    error = np.abs(np.asarray(found) - np.asarray(expected)).max()
+    assert 0 < error < 0.005
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("chunks_on_host", [False, True], ids=["device", "host"])
 def test_a_prefix_is_read_on_any_mesh(rng, chunks_on_host):
     rows = [rng.integers(1, VOCAB, n) for n in (43, 9)]
