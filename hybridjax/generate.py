@@ -67,8 +67,8 @@ def main() -> None:
         prefix = jax.block_until_ready(prefill(model, rows, prefix[0], logit_base=base))
     seconds = time.perf_counter() - began
     read = sum(map(len, rows))
-    rate = f"{read / seconds:,.0f} tokens/s"
-    notes = [f"read {read:,} tokens in {seconds:.1f} s ({rate}, compilation included)"][:read]
+    speed = f"{seconds:.1f} s ({read / max(seconds, 1e-9):,.0f} tokens/s, compilation included)"
+    notes = [f"read {read:,} tokens in {speed}"] if rows else []
     if given.save_state:
         save_prefix(given.save_state, prefix)
         notes.append(f"state saved to {given.save_state}")

@@ -19,7 +19,7 @@ from hybridjax.layers.linear import Linear, split_heads
 from hybridjax.layers.norm import RMSNorm
 from hybridjax.mixers.base import Context, Mixer, new_length, place_state, state, state_field
 from hybridjax.mixers.chunk_memory import ChunkMemory
-from hybridjax.sharding import context_axis, over_mesh, ways
+from hybridjax.sharding import context_axis, over_mesh, place, ways
 from pallas_kernels.chunk_topk import chunk_topk
 
 
@@ -108,7 +108,8 @@ class Retrieval(Mixer):
         before = state.indices, state.scores
         line = [jnp.concatenate(pair, axis=1) for pair in zip(before, chosen, strict=True)]
         tokens = jnp.arange(1, x.shape[1] + 1)
-        slots = jnp.maximum(tokens - ctx.positions % self.every, 0)
+        positions = place(ctx.positions, "batch", None)  # as the choices are
+        slots = jnp.maximum(tokens - positions % self.every, 0)
         indices, scores = (_take(y, slots) for y in line)
         length = new_length(state.length, ctx)
         last = (length - state.length)[:, None]  # 0: what the state had

@@ -9,13 +9,14 @@ import pytest
 from ml_collections import ConfigDict
 
 from hybridjax import generate
-from hybridjax.config import ModelConfig, typed
+from hybridjax.config import MeshConfig, ModelConfig, typed
 from hybridjax.evals import needle
 from hybridjax.evals.questions import ask
 from hybridjax.mixers import chunk_memory
 from hybridjax.mixers.base import Context
 from hybridjax.models import block, mixer, mlp
 from hybridjax.models.decoder import Decoder
+from hybridjax.sharding import make_mesh, place_parameters
 
 VOCAB, PIECE = 23, 4
 HEADS = dict(heads=2, head_dim=8)
@@ -126,6 +127,32 @@ def test_chunks_on_the_host_give_the_same_bits(rng, monkeypatch, more):
     assert generate.state_bytes(on_host) == generate.state_bytes(state) + recent
     on_device = generate.state_bytes(on_host.layers[0]) - chunks
     assert on_device == recent + 4 * B * (C * D + N * G * K + 1)  # 1: its length
+
+
+@pytest.mark.slow
+def test_a_memory_in_half_precision_is_near(rng, monkeypatch):
+    rows = [rng.integers(1, VOCAB, 43)]
+    (expected,), _ = continued(decoder("EH"), rows, True, 0)
+    half = block(mixer("chunk_encoder", **MEMORY, state_dtype="float16"))
+    monkeypatch.setitem(LEGEND, "E", half)
+    model = jax.jit(lambda: decoder.__wrapped__("EH"))()
+    (found,), state = continued(model, rows, True, 0)
+    assert state.layers[0][0].keys.dtype == jnp.float16
+    error = np.abs(np.asarray(found) - np.asarray(expected)).max()
+    assert 0 < error < 0.005
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunks_on_host", [False, True], ids=["device", "host"])
+def test_a_prefix_is_read_on_any_mesh(rng, chunks_on_host):
+    rows = [rng.integers(1, VOCAB, n) for n in (43, 9)]
+    (expected,), _ = continued(decoder("EH"), rows, False, 0)
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, tensor=2, context=2))):
+        model = jax.jit(lambda: place_parameters(decoder.__wrapped__("EH")))()
+        (found,), state = continued(model, rows, chunks_on_host, 0)
+        kind = state.layers[0][0].keys.sharding.memory_kind
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    assert kind == ("pinned_host" if chunks_on_host else "device")
 
 
 @pytest.mark.parametrize("chunks_on_host", [False, True], ids=["device", "host"])
