@@ -1,6 +1,7 @@
 """What the compiler makes of the Hopper kernels: registers, spills, shared memory, instructions.
 
     python benchmarks/static_kernels_gpu.py         # all cases -> docs/results/static_kernels_gpu.*
+    python benchmarks/static_kernels_gpu.py OP      # an op's, beside those of other ops there
     python benchmarks/static_kernels_gpu.py CASE    # one case, JSON on standard output
 
 Compiles for an H100 (sm_90a, ptxas included) where no GPU is: needs the CUDA plugin of JAX's own
@@ -250,14 +251,22 @@ def table(results, versions) -> str:
 def main():
     if reason := missing():
         raise SystemExit(f"cannot compile for a GPU: {reason}")
-    if len(sys.argv) > 1:
-        print(json.dumps(measure(sys.argv[1])))
+    asked = sys.argv[1] if len(sys.argv) > 1 else None
+    if asked in CASES:
+        print(json.dumps(measure(asked)))
         return
-    results = {}
-    for case in CASES:
-        results[case] = run(case)
-        print(case, {name: figures["registers"] for name, figures in results[case].items()})
-    found = versions()
+    if asked not in (None, *OPS):
+        raise SystemExit(f"{asked!r} is neither an op nor a case: {', '.join([*OPS, *CASES])}")
+    found, results = versions(), {}
+    if asked:
+        before = json.loads(RESULTS.with_suffix(".json").read_text())
+        if before["versions"] != found:
+            raise SystemExit(f"{found} here, {before['versions']} there: measure all cases")
+        results = before["results"]
+    for case, options in CASES.items():
+        if asked in (None, options["op"]):
+            results[case] = run(case)
+            print(case, {name: figures["registers"] for name, figures in results[case].items()})
     RESULTS.with_suffix(".json").write_text(
         json.dumps(dict(versions=found, results=results), indent=1) + "\n")
     RESULTS.with_suffix(".md").write_text(table(results, found))

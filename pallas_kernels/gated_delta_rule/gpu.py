@@ -26,11 +26,12 @@ The decay's gradient takes no more products: what decays towards token i is in t
 dK above that it reads by, times q_i and k_i, what decays from it in the others. A token's own
 entry of L does not decay and is kept apart, so that nothing has to cancel.
 
-**Work.** At K = V = 128 a chunk of a head costs, forward, some 180 kB of HBM traffic and 22 MFLOP
-(10 of them the inverse: 10 products of 64^3 in three parts each, since 8 bits are too few where
-keys resemble one another). On an H200 (4.8 TB/s, 990 Tflop/s) these are 38 ns and 22 ns of the
-whole chip. The backward pass does the forward again, keeping the states: 64 kB per chunk and head
-in all until it ends. What bounds short batches is the pass of states: B H V / 64 blocks for 132
+**Work.** At K = V = 128 a chunk of a head costs, forward, 176 kB of HBM traffic (if the two blocks
+that share w, q, k and P in the pass of states find them in L2) and 27 MFLOP, 16 of them the
+inverse: ten products of 64^3, each in three parts since 8 bits are too few where keys resemble one
+another. On an H200 (4.8 TB/s, 990 Tflop/s) these are 37 ns and 27 ns of the whole chip. The
+backward pass does the forward again, now keeping the states: 64 kB per chunk and head with their
+gradients, until it ends. Short batches are bound by the pass of states: B H V / 64 blocks for 132
 SMs, each T / 64 steps long.
 """
 

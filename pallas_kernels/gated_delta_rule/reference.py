@@ -9,7 +9,7 @@ def gated_delta_rule(q, k, v, beta, decay, *, scale, initial_state, segments, ou
     del output_final_state, chunk_size
     B, T, H, V = v.shape
     dtype = jnp.promote_types(v.dtype, jnp.float32)
-    q, k = queries_per_state(q, H), keys_per_state(k, H)
+    q, k = queries_per_state(q.astype(dtype), H), keys_per_state(k.astype(dtype), H)
     state = jnp.zeros((B, H, k.shape[-1], V)) if initial_state is None else initial_state
     segments = jnp.ones((B, T), jnp.int32) if segments is None else segments
     decay = jnp.zeros((B, T, H)) if decay is None else decay
