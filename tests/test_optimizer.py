@@ -196,7 +196,7 @@ def test_muon_of_a_stack_is_muon_of_its_layers(model):
         layer = lambda m, i=i: jax.tree.map(lambda x: x[i], m.groups[0])
         alone = update(layer(model), layer(gradient))
         for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(stacked), strict=True):
-            np.testing.assert_allclose(a, b[i], atol=1e-6)
+            np.testing.assert_allclose(a, b[i], atol=2e-5)  # Newton-Schulz amplifies rounding
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
