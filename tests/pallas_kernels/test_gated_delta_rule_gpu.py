@@ -44,7 +44,7 @@ def test_gpu_is_the_oracle_on_a_gpu(case):
 
 
 @interprets
-@pytest.mark.parametrize("beta", [1.0, 2.0])
+@pytest.mark.parametrize("beta", [pytest.param(1.0, marks=pytest.mark.slow), 2.0])
 def test_keys_that_repeat_cost_no_precision(beta, monkeypatch):
     """All keys of a chunk are one: the powers of the system's matrix are largest."""
     C = hopper.C
