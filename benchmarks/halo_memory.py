@@ -11,7 +11,6 @@ after each cell, and docs/results/halo_memory.md.
 
 import argparse
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -39,13 +38,6 @@ MESHES = {
     HOST: MeshConfig(data=1, fsdp=8),
     f"{HOST}, weights not divided": MeshConfig(data=8),
 }
-# Without it libtpu 0.0.50 fails on the tables of rotary positions (a RET_CHECK of its own).
-NO_SPARSECORE = (
-    "--xla_tpu_enable_offloading_gather_to_sparsecore=false",
-    "--xla_tpu_offload_gather_to_sparsecore=false",
-    "--xla_tpu_enable_sparse_core_compute_offload=false",
-)
-ENVIRONMENT = dict(LIBTPU_INIT_ARGS=" ".join(NO_SPARSECORE))
 LOGITS = 2  # times those of a training step, where a teacher has logits too
 
 
@@ -100,15 +92,12 @@ def compiled(stage: str, mesh: MeshConfig, changes: tuple[str, ...], timeout: fl
         f"--config=configs/halo.py:{','.join([PRESET, *changes])}", f"--program={stage}",
         f"--topology={POD}", *axes,
     ]  # fmt: skip
-    record, start = dict(flags=flags, environment=ENVIRONMENT), time.perf_counter()
+    record, start = dict(flags=flags), time.perf_counter()
     with tempfile.TemporaryDirectory() as directory:
         path = pathlib.Path(directory) / "cell.json"
         command = [sys.executable, "-m", "hybridjax.compile", *flags, f"--json={path}"]
         try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=timeout,
-                env=os.environ | ENVIRONMENT,
-            )  # fmt: skip
+            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
         except subprocess.TimeoutExpired:
             return record | dict(failure=f"not compiled within {timeout:.0f} s")
         record["seconds"] = time.perf_counter() - start

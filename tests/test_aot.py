@@ -544,6 +544,18 @@ def test_the_train_step_for_a_tpu(tmp_path):
 
 
 @needs_libtpu
+@pytest.mark.slow
+def test_rotary_positions_of_long_rows_for_a_tpu():
+    """Lookups in tables of thousands of rows failed in libtpu 0.0.50, on v5p and when training."""
+    done = compile_(
+        "--config=configs/hypenet.py:9b,model.layers=LL,model.width=512,model.vocab=1024",
+        "--topology=v5p:2x2x1", "--config.mesh.data=4", "--config.seq_len=4096",
+        "--config.batch_size=4",
+    )  # fmt: skip
+    assert done.code == 0, done
+
+
+@needs_libtpu
 def test_what_does_not_fit_is_refused_with_advice():
     done = compile_(
         CONFIG, "--topology=v5e:2x2", "--program=decode", "--context=16777216", "--rows=64",

@@ -245,9 +245,16 @@ DAMAGE = {
     "metadata cut": lambda w: truncate(f"{w}/checkpoints/3/_CHECKPOINT_METADATA"),
     "everything gone": lambda w: [os.remove(path) for path in files(w, 3)],
 }
+USUAL = ("largest file cut", "a bit flipped", "everything gone")
 
 
-@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(f, id=name, marks=() if name in USUAL else pytest.mark.slow)
+        for name, f in DAMAGE.items()
+    ],
+)
 def test_a_damaged_checkpoint_is_passed_over_with_one_warning(tmp_path, damage, caplog, capfd):
     values = jax.random.normal(jax.random.key(0), (300, 100))
     checkpoints = Checkpoints(tmp_path, keep=5)

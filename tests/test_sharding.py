@@ -282,7 +282,7 @@ SPLIT = {
     "more tensor, context": MeshConfig(data=1, tensor=4, context=2),
     "no context": MeshConfig(data=2, fsdp=2, tensor=2),
 }
-DEFAULT = {("HypeNet", "context"), ("Transformer", "fsdp, context")}
+DEFAULT = {("HypeNet", "context")}
 
 
 @pytest.mark.parametrize(

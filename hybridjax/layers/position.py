@@ -1,8 +1,9 @@
 """Rotary position embedding, exact to position 2**25.
 
-At position 16 million, f32 `position * frequency` is noise. So positions stay integers, split as
-`4096 hi + lo`; the angles of both parts are tabulated on the host in f64, and the two rotations
-are composed: cos(a + b) = cos a cos b - sin a sin b.
+At position 16 million, f32 `position * frequency` is noise. So positions stay integers of three
+digits of base 512; the angles of each digit are tabulated on the host in f64, and the rotations are
+composed: cos(a + b) = cos a cos b - sin a sin b. The tables stay small, since a TPU compiler hands
+lookups in large ones to other units.
 """
 
 import functools
@@ -18,8 +19,7 @@ from hybridjax.config import UserError
 from hybridjax.sharding import current_spec
 
 MAX_POSITION = 2**25
-_LOW = 4096
-
+_BASE = 512
 
 Scaling = tuple[tuple[str, Any], ...]  # the items of Hugging Face's `rope_scaling`
 
@@ -101,10 +101,10 @@ def amplitude(scaling: Scaling) -> float:
 
 
 @functools.cache
-def _table(count: int, stride: int, width: int, theta: float, scaling: Scaling) -> np.ndarray:
-    """cos and sin of `stride * n * frequency`, n < count: `[count, 2, width / 2]` in f32."""
+def _table(stride: int, width: int, theta: float, scaling: Scaling) -> np.ndarray:
+    """cos and sin of `stride * n * frequency` for the digits n: `[_BASE, 2, width / 2]` in f32."""
     frequency = frequencies(width, theta, scaling)
-    angle = stride * np.arange(count, dtype=np.float64)[:, None] * frequency
+    angle = stride * np.arange(_BASE, dtype=np.float64)[:, None] * frequency
     return np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
 
 
@@ -115,11 +115,15 @@ def rotary_angles(
 
     There is an axis for the heads.
     """
-    table = functools.partial(_table, width=width, theta=theta, scaling=scaling)
-    low = _lookup(table(_LOW, 1), positions % _LOW)
-    high = _lookup(table(MAX_POSITION // _LOW + 1, _LOW), positions // _LOW)
-    (c0, s0), (c1, s1) = jnp.moveaxis(low, 2, 0), jnp.moveaxis(high, 2, 0)
-    cos, sin = c0 * c1 - s0 * s1, s0 * c1 + c0 * s1
+
+    def turn(stride: int) -> tuple[Array, Array]:
+        table = _table(stride, width, theta, scaling)
+        cos, sin = jnp.moveaxis(_lookup(table, positions // stride % _BASE), 2, 0)
+        return cos, sin
+
+    cos, sin = turn(1)
+    for c, s in (turn(_BASE), turn(_BASE**2)):
+        cos, sin = cos * c - sin * s, sin * c + cos * s
     if (size := amplitude(scaling)) != 1:
         cos, sin = size * cos, size * sin
     return cos[:, :, None], sin[:, :, None]

@@ -63,7 +63,7 @@ def parallel(model, tokens):
 @pytest.mark.parametrize(
     ("layers", "lengths", "piece", "least"),
     [
-        ("SEHhS", [43, 22, 3], 4, 4),
+        pytest.param("SEHhS", [43, 22, 3], 4, 4, marks=pytest.mark.slow),
         ("SEHhS", [43, 43, 43], 32, 1),
         ("SS", [43, 22, 3], 4, 4),
         ("SAS", [43, 22, 3], 4, 4),
@@ -155,7 +155,10 @@ def test_a_prefix_is_read_on_any_mesh(rng, chunks_on_host):
     assert kind == ("pinned_host" if chunks_on_host else "device")
 
 
-@pytest.mark.parametrize("chunks_on_host", [False, True], ids=["device", "host"])
+@pytest.mark.parametrize(
+    "chunks_on_host",
+    [pytest.param(False, id="device"), pytest.param(True, id="host", marks=pytest.mark.slow)],
+)
 def test_many_questions_of_one_prefix(rng, chunks_on_host):
     """Questions that complete chunks leave no trace for those after them."""
     model, prefix = decoder("SEHhS"), rng.integers(1, VOCAB, 22)
