@@ -222,8 +222,19 @@ def load_teacher(halo: HaloConfig, workdir: pathlib.Path) -> Teacher:
     source, step = teacher_source(halo, workdir)
     config = typed(load_config(source))
     check_teacher(halo, config.model)
+    _check_tokenizer(halo.data.tokenizer, config.data.tokenizer)
     model, _, _ = restore_model(source, _abstract(lambda: train.new_model(config)), step)
     return Teacher(config, model)
+
+
+def _check_tokenizer(ours: str, teachers: str) -> None:
+    if not ours or not teachers or ours == teachers:  # "": not said yet, or never known
+        return
+    if load_tokenizer(ours).fingerprint != load_tokenizer(teachers).fingerprint:
+        raise UserError(
+            f"config.data.tokenizer is {ours!r} and the teacher's is {teachers!r}, which gives "
+            f"other ids: set --config.data.tokenizer={teachers}"
+        )
 
 
 def load_mixers(halo: HaloConfig, workdir: pathlib.Path, stage: str, teacher: Teacher) -> Mixer:

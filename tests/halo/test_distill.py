@@ -8,6 +8,7 @@ import shutil
 import signal
 
 import pytest
+import tokenizers
 from commands import each_batch, end_state, run, use_compiled
 
 from hybridjax.config import typed
@@ -116,6 +117,14 @@ def test_faults_are_one_line(tmp_path, converted, settings, line):
     if not settings[0].startswith("--stages"):
         settings = [*settings, "--stages=select"]
     assert line in distill(tmp_path, *settings).error
+
+
+def test_another_tokenizer_than_the_teachers_is_refused(tmp_path, converted):
+    words = tokenizers.models.WordLevel({"</s>": 0, "a": 1}, unk_token="a")
+    tokenizers.Tokenizer(words).save(str(path := tmp_path / "tokenizer.json"))
+    teacher = f"--config.teacher={converted / 'teacher'}"
+    done = distill(tmp_path, teacher, f"--config.data.tokenizer={path}", "--stages=transfer")
+    assert f"is '{path}' and the teacher's is 'bytes', which gives other ids" in done.error
 
 
 # ---------------------------------------------------------------- the shipped configs
