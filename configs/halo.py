@@ -75,7 +75,7 @@ def tiny() -> ConfigDict:
             ),
             pretrain=stage(800, 0.01, "wsd"),
             align=stage(400, 0.01),
-            distill=stage(340, 0.01),
+            distill=stage(500, 0.01),
             finetune=stage(350, 0.005, batch_size=8, seq_len=256),
             gates="preserving",
             checkpoint=dict(every=200),
