@@ -29,3 +29,30 @@ def check_arrays(
         if not jnp.issubdtype(array.dtype, jnp.integer if name in integers else jnp.floating):
             kind = "integers" if name in integers else "floating point"
             raise ValueError(f"{name} must be {kind}, got {array.dtype}")
+
+
+def check_attention(q, k, v, q_segments, k_segments, q_index, k_index) -> None:
+    """The arrays of an op in which queries [B, T, H, K] see keys of a row [B, S, G, K].
+
+    Raises:
+      ValueError: a shape or dtype that does not fit; what must be given together and is not.
+    """
+    if not q.ndim == k.ndim == v.ndim == 4:
+        raise ValueError(f"q [B, T, H, K], k [B, S, G, K], v [B, S, G, V] must have rank 4, "
+                         f"got {q.shape}, {k.shape}, {v.shape}")
+    (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
+    expected = {
+        "k": (k, (B, S, G, K)), "v": (v, (B, S, G, v.shape[-1])),
+        "q_segments": (q_segments, (B, T)), "k_segments": (k_segments, (B, S)),
+        "q_index": (q_index, (B, T)), "k_index": (k_index, (B, S)),
+    }
+    check_arrays(
+        expected, of=f"q {list(q.shape)}",
+        integers=("q_segments", "k_segments", "q_index", "k_index"),
+    )
+    if H % G:
+        raise ValueError(f"query heads must be a multiple of key/value heads, got {H} and {G}")
+    if (q_segments is None) != (k_segments is None):
+        raise ValueError("q_segments and k_segments must be given together")
+    if T != S and (q_index is None or k_index is None):
+        raise ValueError(f"q_index and k_index must be given where T ({T}) differs from S ({S})")

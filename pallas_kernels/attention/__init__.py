@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.arguments import check_arrays
+from pallas_kernels.arguments import check_attention
 from pallas_kernels.attention import context
 from pallas_kernels.dispatch import Dispatch
 
@@ -57,7 +57,7 @@ def attention(
       The outputs in v's dtype.
     """
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
-    _check_shapes(q, k, v, q_segments, k_segments, q_index, k_index)
+    check_attention(q, k, v, q_segments, k_segments, q_index, k_index)
     how = dict(
         scale=q.shape[-1] ** -0.5 if scale is None else scale, q_segments=q_segments,
         k_segments=k_segments, q_index=q_index, k_index=k_index, window=_checked_window(window),
@@ -68,28 +68,6 @@ def attention(
         return _dispatch(implementation, q, k, v, **how)
     _check_exchange(exchange, q_index, k_index, implementation)
     return context.attention(q, k, v, **how, axis=context_axis, exchange=exchange)
-
-
-def _check_shapes(q, k, v, q_segments, k_segments, q_index, k_index):
-    if not q.ndim == k.ndim == v.ndim == 4:
-        raise ValueError(f"q [B, T, H, K], k [B, S, G, K], v [B, S, G, V] must have rank 4, "
-                         f"got {q.shape}, {k.shape}, {v.shape}")
-    (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
-    expected = {
-        "k": (k, (B, S, G, K)), "v": (v, (B, S, G, v.shape[-1])),
-        "q_segments": (q_segments, (B, T)), "k_segments": (k_segments, (B, S)),
-        "q_index": (q_index, (B, T)), "k_index": (k_index, (B, S)),
-    }
-    check_arrays(
-        expected, of=f"q {list(q.shape)}",
-        integers=("q_segments", "k_segments", "q_index", "k_index"),
-    )
-    if H % G:
-        raise ValueError(f"query heads must be a multiple of key/value heads, got {H} and {G}")
-    if (q_segments is None) != (k_segments is None):
-        raise ValueError("q_segments and k_segments must be given together")
-    if T != S and (q_index is None or k_index is None):
-        raise ValueError(f"q_index and k_index must be given where T ({T}) differs from S ({S})")
 
 
 def _check_exchange(exchange, q_index, k_index, implementation):

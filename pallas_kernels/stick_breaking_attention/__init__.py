@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.arguments import check_arrays
+from pallas_kernels.arguments import check_attention
 from pallas_kernels.dispatch import Dispatch
 from pallas_kernels.stick_breaking_attention.context import merged
 
@@ -51,7 +51,9 @@ def stick_breaking_attention(
       The outputs in v's dtype.
     """
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
-    _check(q, k, v, q_segments, k_segments, q_index, k_index)
+    check_attention(q, k, v, q_segments, k_segments, q_index, k_index)
+    if 0 in (q.shape[1], k.shape[1]):
+        raise ValueError(f"T ({q.shape[1]}) and S ({k.shape[1]}) must be at least 1")
     if exchange not in (None, "merge") or (exchange and not context_axis):
         raise ValueError(f"exchange is {exchange!r}: use None, or with a context_axis 'merge'")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -70,26 +72,3 @@ def stick_breaking_attention(
     return _dispatch(
         implementation, q, k, v, scale=scale, q_segments=q_segments, k_segments=k_segments,
         q_index=q_index, k_index=k_index)
-
-
-def _check(q, k, v, q_segments, k_segments, q_index, k_index):
-    if not q.ndim == k.ndim == v.ndim == 4:
-        raise ValueError(f"q [B, T, H, K], k [B, S, G, K], v [B, S, G, V] must have rank 4, "
-                         f"got {q.shape}, {k.shape}, {v.shape}")
-    (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
-    expected = {
-        "k": (k, (B, S, G, K)), "v": (v, (B, S, G, v.shape[-1])),
-        "q_segments": (q_segments, (B, T)), "k_segments": (k_segments, (B, S)),
-        "q_index": (q_index, (B, T)), "k_index": (k_index, (B, S)),
-    }
-    check_arrays(
-        expected, of=f"q {list(q.shape)}",
-        integers=("q_segments", "k_segments", "q_index", "k_index"),
-    )
-    if 0 in (T, S) or H % G:
-        raise ValueError(f"T ({T}) and S ({S}) must be at least 1, and query heads a multiple of "
-                         f"key/value heads, got {H} and {G}")
-    if (q_segments is None) != (k_segments is None):
-        raise ValueError("q_segments and k_segments must be given together")
-    if T != S and (q_index is None or k_index is None):
-        raise ValueError(f"q_index and k_index must be given where T ({T}) differs from S ({S})")
