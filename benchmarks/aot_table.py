@@ -13,14 +13,10 @@ import argparse
 import dataclasses
 import json
 import pathlib
-import subprocess
-import sys
-import tempfile
-import time
 
 import jax
 
-from benchmarks.record import machine, save
+from benchmarks.record import compiled, machine, save
 from configs import hypenet
 from hybridjax.aot import sweep
 from hybridjax.aot.hardware import GiB, chip_of
@@ -106,19 +102,7 @@ def run(cell: Cell, timeout: float) -> dict:
         flags = cell.flags()
     except UserError as error:
         return dict(failure="no mesh fits by arithmetic", reason=str(error))
-    record, start = dict(flags=flags), time.perf_counter()
-    with tempfile.TemporaryDirectory() as directory:
-        path = pathlib.Path(directory) / "cell.json"
-        command = [sys.executable, "-m", "hybridjax.compile", *flags, f"--json={path}"]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-        except subprocess.TimeoutExpired:
-            return record | dict(failure=f"not compiled within {timeout:.0f} s")
-        record["seconds"] = time.perf_counter() - start
-        if path.exists():
-            return record | json.loads(path.read_text())
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        return record | dict(failure=lines[-1] if lines else f"exit code {done.returncode}")
+    return compiled(flags, timeout)
 
 
 def verdict(result: dict) -> str:

@@ -15,6 +15,7 @@ import pathlib
 import jax
 import numpy as np
 
+from benchmarks.batch import random_batch
 from benchmarks.record import CLOCKS, machine, save, spread, take_turns
 from configs import halo as configs
 from hybridjax import command
@@ -22,7 +23,7 @@ from hybridjax.config import typed
 from hybridjax.halo import updates
 from hybridjax.halo.config import HaloConfig, run_config
 from hybridjax.sharding import make_mesh
-from hybridjax.train import Batch, make_train_step, new_model, next_token_sums, put_batch
+from hybridjax.train import make_train_step, new_model, next_token_sums, put_batch
 
 
 def main() -> None:
@@ -61,7 +62,7 @@ def steps(halo: HaloConfig, layers: str):
     """A step of each side; each keeps a state of its own, with the same weights at first."""
     update = updates.distillation(halo, halo.model, layers)
     train_step = make_train_step(update.optimizer, update.config)
-    batch = put_batch(random_batch(halo))
+    batch = put_batch(random_batch(update.config))
     teacher = jax.jit(lambda: new_model(run_config(halo, "distill", halo.model)))()
     first = jax.jit(lambda: update.first_state(new_model(update.config)))
     states = {name: first() for name in ("distillation", "its parts")}
@@ -84,19 +85,6 @@ def repeat(step, count: int):
             jax.block_until_ready(step())
 
     return run
-
-
-def random_batch(halo: HaloConfig) -> Batch:
-    shape = halo.distill.batch_size, halo.distill.seq_len
-    tokens = np.random.default_rng(0).integers(0, halo.model.vocab, (shape[0], shape[1] + 1))
-    return dict(
-        tokens=tokens[:, :-1].astype(np.int32),
-        targets=tokens[:, 1:].astype(np.int32),
-        loss_weights=np.ones(shape, np.float32),
-        segments=np.ones(shape, np.int32),
-        positions=np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
-        answers=np.zeros(shape, np.int32),
-    )
 
 
 if __name__ == "__main__":

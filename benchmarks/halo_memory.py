@@ -12,14 +12,10 @@ after each cell, and docs/results/halo_memory.md.
 import argparse
 import json
 import pathlib
-import subprocess
-import sys
-import tempfile
-import time
 
 import jax
 
-from benchmarks.record import machine, save
+from benchmarks.record import compiled, machine, save
 from configs import halo as configs
 from hybridjax.aot import conversion, sweep
 from hybridjax.aot.bill import bill
@@ -62,7 +58,7 @@ def main() -> None:
             cell = dict(stage=stage, where=where, settings=changes)
             cell["arithmetic"] = arithmetic(stage, mesh, changes)
             if where == POD:
-                cell |= compiled(stage, mesh, changes, args.timeout)
+                cell |= compiled(flags_of(stage, mesh, changes), args.timeout)
             results["cells"][name], results["machine"] = cell, machine()
             print(cell.get("failure") or f"{total(cell) / GiB:.1f} GiB", flush=True)
             save(output, json.dumps(results, indent=1) + "\n")
@@ -85,26 +81,13 @@ def arithmetic(stage: str, mesh: MeshConfig, changes: tuple[str, ...]) -> dict[s
     return parts | found
 
 
-def compiled(stage: str, mesh: MeshConfig, changes: tuple[str, ...], timeout: float) -> dict:
-    """The command's JSON, or what went wrong as `failure`; and the flags, to repeat it."""
+def flags_of(stage: str, mesh: MeshConfig, changes: tuple[str, ...]) -> list[str]:
+    """Those of `hybridjax.compile`."""
     axes = [f"--config.mesh.{axis}={size}" for axis, size in vars(mesh).items()]
-    flags = [
+    return [
         f"--config=configs/halo.py:{','.join([PRESET, *changes])}", f"--program={stage}",
         f"--topology={POD}", *axes,
     ]  # fmt: skip
-    record, start = dict(flags=flags), time.perf_counter()
-    with tempfile.TemporaryDirectory() as directory:
-        path = pathlib.Path(directory) / "cell.json"
-        command = [sys.executable, "-m", "hybridjax.compile", *flags, f"--json={path}"]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-        except subprocess.TimeoutExpired:
-            return record | dict(failure=f"not compiled within {timeout:.0f} s")
-        record["seconds"] = time.perf_counter() - start
-        if path.exists():
-            return record | json.loads(path.read_text())
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        return record | dict(failure=lines[-1] if lines else f"exit code {done.returncode}")
 
 
 # ---------------------------------------------------------------- the table

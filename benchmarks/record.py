@@ -1,11 +1,14 @@
 """What every benchmark does with its figures: take turns, summarise, say where, keep them."""
 
+import json
 import os
 import pathlib
 import platform
 import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -55,6 +58,24 @@ def cpu_name() -> str:
 def commit() -> str:
     git = ["git", "describe", "--always", "--dirty"]
     return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+
+
+def compiled(flags: Sequence[str], timeout: float) -> dict:
+    """The JSON of `hybridjax.compile` in a process of its own, or what went wrong as `failure`;
+    and the flags, to repeat it. `timeout` in seconds."""
+    record, start = dict(flags=list(flags)), time.perf_counter()
+    with tempfile.TemporaryDirectory() as directory:
+        path = pathlib.Path(directory) / "cell.json"
+        command = [sys.executable, "-m", "hybridjax.compile", *flags, f"--json={path}"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+        except subprocess.TimeoutExpired:
+            return record | dict(failure=f"not compiled within {timeout:.0f} s")
+        record["seconds"] = time.perf_counter() - start
+        if path.exists():
+            return record | json.loads(path.read_text())
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        return record | dict(failure=lines[-1] if lines else f"exit code {done.returncode}")
 
 
 def save(path: pathlib.Path, text: str) -> None:

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.batch import random_batch
 from benchmarks.record import commit, cpu_name, spread
 from configs import hypenet
 from hybridjax import command
@@ -92,19 +93,6 @@ def comparable(config: Config) -> Config:
     """The config without what the PyTorch side leaves out: the schedule of the learning rate."""
     optimizer = dataclasses.replace(config.optimizer, schedule="constant", warmup_steps=0)
     return dataclasses.replace(config, optimizer=optimizer)
-
-
-def random_batch(config: Config) -> dict[str, np.ndarray]:
-    shape = config.batch_size, config.seq_len
-    tokens = np.random.default_rng(0).integers(0, config.model.vocab, (shape[0], shape[1] + 1))
-    return dict(
-        tokens=tokens[:, :-1].astype(np.int32),
-        targets=tokens[:, 1:].astype(np.int32),
-        loss_weights=np.ones(shape, np.float32),
-        segments=np.ones(shape, np.int32),
-        positions=np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
-        answers=np.zeros(shape, np.int32),
-    )
 
 
 def hybridjax_steps(config: Config, batch: dict[str, np.ndarray], model: Decoder):
