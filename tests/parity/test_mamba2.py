@@ -1,11 +1,11 @@
 """The Mamba-2 mixer against that of `transformers`, in f32 on the CPU."""
 
-import jax
+import functools
+
 import numpy as np
 import pytest
+from layers import check_gradients, check_outputs
 from mamba2 import Sizes, layer_with, mixer_with, random_weights
-
-from hybridjax.mixers.base import Context
 
 torch = pytest.importorskip("torch", reason="needs the parity extra: torch")
 pytest.importorskip("transformers", reason="needs the parity extra: transformers")
@@ -30,25 +30,9 @@ def pair(request, rng):
 
 def test_layer(pair):
     _, theirs, ours, x = pair
-    y = jax.jit(type(ours).__call__)(ours, x, Context.of_rows(x[..., 0]))
-    with torch.no_grad():
-        expected = theirs(torch.tensor(x)).numpy()
-    np.testing.assert_allclose(y, expected, atol=1e-4, rtol=1e-4)
+    check_outputs(theirs, ours, x)
 
 
 def test_gradients_of_the_layer(pair):
-    """By the inputs, and by every weight: mapped from theirs as the weights themselves are."""
     sizes, theirs, ours, x = pair
-
-    @jax.jit
-    def gradient(mixer, x):
-        loss = lambda mixer, x: (mixer(x, Context.of_rows(x[..., 0])) ** 2).sum()
-        return jax.grad(loss, argnums=(0, 1))(mixer, x)
-
-    actual, actual_x = gradient(ours, x)
-    their_x = torch.tensor(x, requires_grad=True)
-    (theirs(their_x) ** 2).sum().backward()
-    grads = {name: p.grad.numpy() for name, p in theirs.named_parameters()}
-    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-3)
-    close(actual_x, their_x.grad)
-    jax.tree.map(close, actual, mixer_with(sizes, grads))
+    check_gradients(theirs, ours, x, functools.partial(mixer_with, sizes), atol=1e-3)
