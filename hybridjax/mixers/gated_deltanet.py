@@ -13,32 +13,19 @@ where norm is over each head's values. There is a state per value head; fewer ke
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from hybridjax.config import UserError
 from hybridjax.layers.convolution import ShortConvolution
 from hybridjax.layers.linear import Linear, repeat_heads, split_heads
 from hybridjax.layers.norm import RMSNorm
 from hybridjax.layers.time_step import time_step_bias
-from hybridjax.mixers.base import Context, Mixer, new_length, place_state, state, state_field
+from hybridjax.mixers.convolved import ConvolvedMixer
 from hybridjax.sharding import context_axis, over_mesh, place, ways
 from pallas_kernels.gated_delta_rule import gated_delta_rule
 
-_TAIL = ("batch", None, "heads")
 
-
-@state
-class GatedDeltaNetState:
-    """`4 B H K V` bytes and `B (W - 1) (2 Hk K + H V)` elements, whatever the length."""
-
-    recurrent: Float[Array, "B H K V"] = state_field("batch", "heads", None, None)
-    query_tail: Float[Array, "B W-1 HkK"] = state_field(*_TAIL)
-    key_tail: Float[Array, "B W-1 HkK"] = state_field(*_TAIL)
-    value_tail: Float[Array, "B W-1 HV"] = state_field(*_TAIL)
-    length: Int[Array, " B"] = state_field("batch")
-
-
-class GatedDeltaNet(Mixer):
+class GatedDeltaNet(ConvolvedMixer):
     def __init__(
         self,
         width: int,
@@ -60,6 +47,7 @@ class GatedDeltaNet(Mixer):
         self.value_heads, self.value_dim = value_heads or heads, value_dim or head_dim
         if self.value_heads % heads:
             raise UserError(f"value_heads is {value_heads}: use a multiple of heads ({heads})")
+        self.state_shape = self.value_heads, head_dim, self.value_dim
         inner, value_inner = heads * head_dim, self.value_heads * self.value_dim
         keys = iter(jax.random.split(key, 12))
         project = lambda size: Linear((width, size), ("embed", "heads"), next(keys))
@@ -75,35 +63,12 @@ class GatedDeltaNet(Mixer):
         self.output_norm = RMSNorm(self.value_dim, eps=eps)
         self.output = Linear((value_inner, width), ("heads", "embed"), next(keys))
 
-    def __call__(self, x: Float[Array, "B T D"], ctx: Context) -> Float[Array, "B T D"]:
-        return self._mix(x, None, (None,) * 3, ctx)[0]
-
-    def init_state(self, batch: int, max_length: int, dtype: jnp.dtype) -> GatedDeltaNetState:
-        recurrent = jnp.zeros((batch, self.value_heads, self.head_dim, self.value_dim))
-        tails = [
-            jnp.zeros((batch, c.size - 1, c.kernel.shape[0]), dtype) for c in self._convolutions
-        ]
-        return place_state(GatedDeltaNetState(recurrent, *tails, jnp.zeros(batch, jnp.int32)))
-
-    def extend(self, x: Float[Array, "B T D"], state: GatedDeltaNetState, ctx: Context):
-        tails = state.query_tail, state.key_tail, state.value_tail
-        y, recurrent, tails = self._mix(x, state.recurrent, tails, ctx)
-        return y, GatedDeltaNetState(recurrent, *tails, new_length(state.length, ctx))
-
-    @property
-    def _convolutions(self) -> tuple[ShortConvolution, ...]:
-        return self.query_convolution, self.key_convolution, self.value_convolution
-
-    def _mix(self, x, recurrent, tails, ctx):
-        rows = [project(x) for project in (self.query, self.key, self.value)]
-        parts = zip(self._convolutions, rows, tails, strict=True)
-        convolved = [convolve(row, ctx.segments, tail) for convolve, row, tail in parts]
-        (q, k, v), tails = zip(*convolved, strict=True)
+    def _read(self, x, q, k, v, recurrent, segments):
         q, k = split_heads(q, self.head_dim), split_heads(k, self.head_dim)
         v, gate = split_heads(v, self.value_dim), split_heads(self.gate(x), self.value_dim)
-        o, recurrent = self._recur(q, k, v, *self._gates(x), ctx.segments, recurrent)
+        o, recurrent = self._recur(q, k, v, *self._gates(x), segments, recurrent)
         o = self.output_norm(o) * jax.nn.silu(gate.astype(jnp.float32))
-        return self.output(o.astype(x.dtype).reshape(*x.shape[:2], -1)), recurrent, tails
+        return self.output(o.astype(x.dtype).reshape(*x.shape[:2], -1)), recurrent
 
     def _gates(self, x: Float[Array, "B T D"]) -> tuple[Array, Array]:
         """beta and the log decay `[B, T, H]`, in f32."""
@@ -118,7 +83,7 @@ class GatedDeltaNet(Mixer):
             q, k = repeat_heads(q, group), repeat_heads(k, group)
         in_heads, in_state = ("batch", "length", "heads", None), ("batch", "heads", None, None)
         axis = context_axis(v.shape[1])
-        state_shape = (v.shape[0], self.value_heads, self.head_dim, self.value_dim)
+        state_shape = (v.shape[0], *self.state_shape)
 
         def kernel(q, k, v, beta, decay, segments, recurrent):
             return gated_delta_rule(

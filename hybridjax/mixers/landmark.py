@@ -21,13 +21,13 @@ from hybridjax.layers.linear import Linear, split_heads
 from hybridjax.layers.norm import RMSNorm
 from hybridjax.layers.position import rotary_angles, rotate
 from hybridjax.layers.qkv import QKV, GatedOutput
-from hybridjax.mixers.base import Context, Mixer
-from hybridjax.mixers.pooled_cache import Past, PooledCache, past_of_row
-from hybridjax.sharding import context_axis, over_mesh, ways
+from hybridjax.mixers.base import Context
+from hybridjax.mixers.pooled_attention import PooledAttention
+from hybridjax.mixers.pooled_cache import Past
 from pallas_kernels.selection import in_tiles, tile_size
 
 
-class Landmark(Mixer):
+class Landmark(PooledAttention):
     def __init__(
         self,
         width: int,
@@ -47,7 +47,7 @@ class Landmark(Mixer):
         if min(chunk_size, top_k or 1) < 1:
             raise UserError(f"chunk_size is {chunk_size}, top_k {top_k}: both must be at least 1")
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads or heads, head_dim
-        self.chunk_size, self.top_k = chunk_size, top_k
+        self.chunk_size, self.top_k, self.pooled_dim = chunk_size, top_k, head_dim
         keys = jax.random.split(key, 3)
         self.qkv = QKV(
             width, keys[0], heads=heads, kv_heads=self.kv_heads, head_dim=head_dim, rope=rope,
@@ -57,26 +57,7 @@ class Landmark(Mixer):
         self.landmark_norm = RMSNorm(head_dim, eps=eps)
         self.output = GatedOutput(heads * head_dim, width, keys[2], gate=gate)
 
-    @property
-    def align(self) -> int:
-        return self.chunk_size
-
-    def __call__(self, x: Float[Array, "B T D"], ctx: Context) -> Float[Array, "B T D"]:
-        q, k, v = self.qkv(x, ctx.positions)
-        past = past_of_row(k, v, self._landmarks(x, ctx), ctx.segments, self.chunk_size)
-        return self.output(self._read(q, past, ctx, "length"), x)
-
-    def init_state(self, batch: int, max_length: int, dtype: jnp.dtype) -> PooledCache:
-        return PooledCache.empty(
-            batch, max_length, self.chunk_size, self.kv_heads, self.head_dim, self.head_dim, dtype
-        )
-
-    def extend(self, x: Float[Array, "B T D"], state: PooledCache, ctx: Context):
-        q, k, v = self.qkv(x, ctx.positions)
-        start, state = state.length, state.append(k, v, self._landmarks(x, ctx), ctx)
-        return self.output(self._read(q, state.past(start), ctx, None), x), state
-
-    def _landmarks(self, x, ctx: Context) -> Float[Array, "B T G K"]:
+    def _pooled(self, x, k, v, ctx: Context) -> Float[Array, "B T G K"]:
         """Of the last tokens of chunks, 0 for the others: so a chunk's sum is its landmark."""
         landmarks = self.landmark_norm(split_heads(self.landmark(x), self.head_dim))
         if self.qkv.rope:
@@ -84,26 +65,11 @@ class Landmark(Mixer):
         last = ctx.positions % self.chunk_size == self.chunk_size - 1
         return jnp.where(last[..., None, None], landmarks, 0)
 
-    def _read(self, q, past: Past, ctx: Context, rows: str | None) -> Float[Array, "B T HK"]:
-        """`rows`: the logical axis of q's tokens."""
-        axis = context_axis(q.shape[1]) if rows else None
-
-        def attend(q, keys, values, landmarks, segments, documents, start):
-            if axis is not None:
-                start = start + q.shape[1] * jax.lax.axis_index(axis)
-            index = start[:, None] + jnp.arange(q.shape[1])
-            return grouped_softmax_attention(
-                q, keys, values, landmarks, index, segments, documents[:, :: self.chunk_size],
-                top_k=self.top_k,
-            )  # fmt: skip
-
-        heads = "heads" if self.kv_heads % ways("heads") == 0 else None
-        queries, whole = ("batch", rows, heads, None), ("batch", None, heads, None)
-        in_axes = (queries, whole, whole, whole, queries[:2], whole[:2], ("batch",))
-        o = over_mesh(attend, in_axes, (queries, q.shape))(
-            q, *past[:3], ctx.segments, past.segments, past.start
-        )
-        return o.reshape(*q.shape[:2], -1)
+    def _attend(self, queries, index, segments, past: Past) -> Float[Array, "B T H K"]:
+        return grouped_softmax_attention(
+            *queries, *past[:3], index, segments, past.segments[:, :: self.chunk_size],
+            top_k=self.top_k,
+        )  # fmt: skip
 
 
 def grouped_softmax_attention(

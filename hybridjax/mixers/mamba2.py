@@ -14,32 +14,18 @@ attention, which computes it, C is the query, B the key and x the value; so are 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
 
 from hybridjax.config import UserError
 from hybridjax.layers.convolution import ShortConvolution
 from hybridjax.layers.linear import Linear, repeat_heads, split_heads
 from hybridjax.layers.norm import RMSNorm
 from hybridjax.layers.time_step import time_step_bias
-from hybridjax.mixers.base import Context, Mixer, new_length, place_state, state, state_field
+from hybridjax.mixers.convolved import ConvolvedMixer
 from hybridjax.sharding import context_axis, over_mesh, place
 from pallas_kernels.linear_attention import linear_attention
 
-_TAIL = ("batch", None, "heads")
 
-
-@state
-class Mamba2State:
-    """`4 B H K V` bytes and `B (W - 1) (2 G K + H V)` elements, whatever the length."""
-
-    recurrent: Float[Array, "B H K V"] = state_field("batch", "heads", None, None)
-    query_tail: Float[Array, "B W-1 GK"] = state_field(*_TAIL)
-    key_tail: Float[Array, "B W-1 GK"] = state_field(*_TAIL)
-    value_tail: Float[Array, "B W-1 HV"] = state_field(*_TAIL)
-    length: Int[Array, " B"] = state_field("batch")
-
-
-class Mamba2(Mixer):
+class Mamba2(ConvolvedMixer):
     def __init__(
         self,
         width: int,
@@ -61,6 +47,7 @@ class Mamba2(Mixer):
             raise UserError(f"groups is {groups}: it must divide heads ({heads})")
         self.heads, self.head_dim = heads, head_dim
         self.state_dim, self.groups = state_dim, groups
+        self.state_shape = heads, state_dim, head_dim
         inner, shared = heads * head_dim, groups * state_dim
         keys = iter(jax.random.split(key, 11))
         project = lambda size: Linear((width, size), ("embed", "heads"), next(keys))
@@ -76,30 +63,7 @@ class Mamba2(Mixer):
         self.output_norm = RMSNorm(inner, eps=eps, axis="heads")
         self.output = Linear((inner, width), ("heads", "embed"), next(keys))
 
-    def __call__(self, x: Float[Array, "B T D"], ctx: Context) -> Float[Array, "B T D"]:
-        return self._mix(x, None, (None,) * 3, ctx)[0]
-
-    def init_state(self, batch: int, max_length: int, dtype: jnp.dtype) -> Mamba2State:
-        recurrent = jnp.zeros((batch, self.heads, self.state_dim, self.head_dim))
-        tails = [
-            jnp.zeros((batch, c.size - 1, c.kernel.shape[0]), dtype) for c in self._convolutions
-        ]
-        return place_state(Mamba2State(recurrent, *tails, jnp.zeros(batch, jnp.int32)))
-
-    def extend(self, x: Float[Array, "B T D"], state: Mamba2State, ctx: Context):
-        tails = state.query_tail, state.key_tail, state.value_tail
-        y, recurrent, tails = self._mix(x, state.recurrent, tails, ctx)
-        return y, Mamba2State(recurrent, *tails, new_length(state.length, ctx))
-
-    @property
-    def _convolutions(self) -> tuple[ShortConvolution, ...]:
-        return self.query_convolution, self.key_convolution, self.value_convolution
-
-    def _mix(self, x, recurrent, tails, ctx):
-        rows = [project(x) for project in (self.query, self.key, self.value)]
-        parts = zip(self._convolutions, rows, tails, strict=True)
-        convolved = [convolve(row, ctx.segments, tail) for convolve, row, tail in parts]
-        (q, k, v), tails = zip(*convolved, strict=True)
+    def _read(self, x, q, k, v, recurrent, segments):
         group = self.heads // self.groups
         q, k = (repeat_heads(split_heads(y, self.state_dim), group) for y in (q, k))
         v = split_heads(v, self.head_dim).astype(jnp.float32)
@@ -107,15 +71,15 @@ class Mamba2(Mixer):
         step = jax.nn.softplus(self.step(x).astype(jnp.float32) + parameter(self.dt_bias))
         decay = -jnp.exp(parameter(self.A_log)) * step
         written = (step[..., None] * v).astype(x.dtype)
-        o, recurrent = self._recur(q, k, written, decay, ctx.segments, recurrent)
+        o, recurrent = self._recur(q, k, written, decay, segments, recurrent)
         o = o.astype(jnp.float32) + parameter(self.skip)[:, None] * v
         o = o.reshape(*x.shape[:2], -1) * jax.nn.silu(self.gate(x).astype(jnp.float32))
-        return self.output(self.output_norm(o).astype(x.dtype)), recurrent, tails
+        return self.output(self.output_norm(o).astype(x.dtype)), recurrent
 
     def _recur(self, q, k, v, decay, segments, recurrent):
         in_heads, in_state = ("batch", "length", "heads", None), ("batch", "heads", None, None)
         axis = context_axis(v.shape[1])
-        state_shape = (v.shape[0], self.heads, self.state_dim, self.head_dim)
+        state_shape = (v.shape[0], *self.state_shape)
 
         def kernel(q, k, v, decay, segments, recurrent):
             return linear_attention(

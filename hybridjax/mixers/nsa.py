@@ -19,15 +19,15 @@ from jaxtyping import Array, Float, Int
 from hybridjax.config import UserError
 from hybridjax.layers.linear import Linear, split_heads
 from hybridjax.layers.qkv import QKV, GatedOutput
-from hybridjax.mixers.base import Context, Mixer
-from hybridjax.mixers.pooled_cache import Past, PooledCache, past_of_row
-from hybridjax.sharding import context_axis, over_mesh, ways
+from hybridjax.mixers.base import Context
+from hybridjax.mixers.pooled_attention import PooledAttention
+from hybridjax.mixers.pooled_cache import Past
 from pallas_kernels.attention import attention
 from pallas_kernels.chunk_sparse_attention import chunk_sparse_attention
 from pallas_kernels.selection import in_tiles, tile_size
 
 
-class NSA(Mixer):
+class NSA(PooledAttention):
     def __init__(
         self,
         width: int,
@@ -56,6 +56,7 @@ class NSA(Mixer):
             )
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads or heads, head_dim
         self.chunk_size, self.top_k, self.window = chunk_size, top_k, window
+        self.pooled_dim = 2 * head_dim
         keys = jax.random.split(key, 3)
         self.qkv = QKV(
             width, keys[0], heads=heads, kv_heads=self.kv_heads, head_dim=head_dim, rope=rope,
@@ -64,51 +65,20 @@ class NSA(Mixer):
         self.views = Linear((width, 3 * heads), ("embed", "heads"), keys[1])
         self.output = GatedOutput(heads * head_dim, width, keys[2], gate=gate)
 
-    @property
-    def align(self) -> int:
-        return self.chunk_size
+    def _pooled(self, x, k, v, ctx: Context) -> Float[Array, "B T G 2*K"]:
+        return jnp.concatenate([k, v], axis=-1)
 
-    def __call__(self, x: Float[Array, "B T D"], ctx: Context) -> Float[Array, "B T D"]:
-        q, k, v = self.qkv(x, ctx.positions)
-        pooled = jnp.concatenate([k, v], axis=-1)
-        past = past_of_row(k, v, pooled, ctx.segments, self.chunk_size)
-        return self.output(self._read(x, q, past, ctx, "length"), x)
+    def _queries(self, x, q):
+        return q, split_heads(jax.nn.sigmoid(self.views(x)), 3)
 
-    def init_state(self, batch: int, max_length: int, dtype: jnp.dtype) -> PooledCache:
-        return PooledCache.empty(
-            batch, max_length, self.chunk_size, self.kv_heads, self.head_dim, 2 * self.head_dim,
-            dtype,
-        )  # fmt: skip
-
-    def extend(self, x: Float[Array, "B T D"], state: PooledCache, ctx: Context):
-        q, k, v = self.qkv(x, ctx.positions)
-        start, state = state.length, state.append(k, v, jnp.concatenate([k, v], axis=-1), ctx)
-        return self.output(self._read(x, q, state.past(start), ctx, None), x), state
-
-    def _read(self, x, q, past: Past, ctx: Context, rows: str | None) -> Float[Array, "B T HK"]:
-        """`rows`: the logical axis of q's tokens."""
-        gates = split_heads(jax.nn.sigmoid(self.views(x)), 3)
-        axis = context_axis(q.shape[1]) if rows else None
-
-        def attend(q, gates, keys, values, sums, segments, documents, start):
-            if axis is not None:
-                start = start + q.shape[1] * jax.lax.axis_index(axis)
-            past = Past(keys, values, sums, documents, start)
-            index = start[:, None] + jnp.arange(q.shape[1])
-            views = (
-                self._compressed(q, index, segments, past),
-                self._selected(q, index, segments, past),
-                self._recent(q, index, segments, past),
-            )
-            return sum(gates[..., i, None] * view for i, view in enumerate(views))
-
-        heads = "heads" if self.kv_heads % ways("heads") == 0 else None
-        queries, whole = ("batch", rows, heads, None), ("batch", None, heads, None)
-        in_axes = (queries, queries, whole, whole, whole, queries[:2], whole[:2], ("batch",))
-        o = over_mesh(attend, in_axes, (queries, q.shape))(
-            q, gates, *past[:3], ctx.segments, past.segments, past.start
+    def _attend(self, queries, index, segments, past: Past) -> Float[Array, "B T H K"]:
+        q, gates = queries
+        views = (
+            self._compressed(q, index, segments, past),
+            self._selected(q, index, segments, past),
+            self._recent(q, index, segments, past),
         )
-        return o.reshape(*q.shape[:2], -1)
+        return sum(gates[..., i, None] * view for i, view in enumerate(views))
 
     def _compressed(self, q, index, segments, past: Past) -> Float[Array, "B T H K"]:
         means = (past.sums / self.chunk_size).astype(past.keys.dtype)
