@@ -4,8 +4,8 @@ import functools
 
 import numpy as np
 import pytest
-from layers import check_gradients, check_outputs
 from mamba2 import Sizes, layer_with, mixer_with, random_weights
+from same_layer import check_gradients, check_outputs
 
 torch = pytest.importorskip("torch", reason="needs the parity extra: torch")
 pytest.importorskip("transformers", reason="needs the parity extra: transformers")

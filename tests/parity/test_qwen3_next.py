@@ -5,8 +5,8 @@ import functools
 import jax
 import numpy as np
 import pytest
-from layers import check_gradients, check_outputs
 from qwen3_next import Sizes, layer_with, mixer_with, random_weights, rule_arrays, their_rule
+from same_layer import check_gradients, check_outputs
 
 from hybridjax.mixers.base import Context
 from pallas_kernels.gated_delta_rule import gated_delta_rule
