@@ -21,7 +21,7 @@ import itertools
 import json
 import statistics
 
-from halo_cells import ALIGNED, RESULTS, SELECTION, cell, convert, exact, score, stack_of
+from halo_cells import ALIGNED, RESULTS, SELECTION, TEACHER, cell, convert, exact, score, stack_of
 from matplotlib import pyplot as plt
 
 STUDY = "halo_ablations"
@@ -35,7 +35,6 @@ class Row:
     rule: str = "halo"  # that chooses the layers
 
 
-TEACHER = ("teacher",)
 ROWS = {
     "halo": Row("HALO"),
     "attention-rope": Row("RoPE kept in attention", ("attention.rope=True",)),

@@ -18,15 +18,24 @@ CONFIG = "configs/halo.py:tiny"
 RUNS = pathlib.Path("runs")
 RESULTS = pathlib.Path("docs/results")
 SELECTION = "halo_selection"  # the study of every stack with the config as it is
-ALIGNED = ("teacher", "transfer", "align")  # stages that conversions with one linear mixer share
+TEACHER = ("teacher",)  # the stage that all conversions of a seed share
+ALIGNED = (*TEACHER, "transfer", "align")  # those with one linear mixer
 
 
-def score(seed: int) -> dict:
-    """The scores of a seed's layers; trains its teacher and aligns its linear mixers."""
-    file = _file(SELECTION, "scores", seed)
+def score(seed: int, name: str = "scores", settings: Sequence[str] = ()) -> dict:
+    """The scores of a seed's layers; trains its teacher and aligns its linear mixers.
+
+    Args:
+      settings: further ones, which leave the teacher as it is; such scores need a name.
+    """
+    file = _file(SELECTION, name, seed)
     if not file.exists():
-        _keep(_shared(seed) / "select" / "scores.json", file)
-    return cell(SELECTION, "scores", seed)
+        workdir = _shared(seed)
+        if settings:
+            workdir = _begun(SELECTION, name, seed, TEACHER)
+            _command("search", seed, workdir, *settings)
+        _keep(workdir / "select" / "scores.json", file)
+    return cell(SELECTION, name, seed)
 
 
 def convert(
@@ -45,11 +54,7 @@ def convert(
     file = _file(study, name, seed)
     if file.exists():
         return
-    shared, workdir = _shared(seed), RUNS / study / f"{name}-{seed}"
-    for stage in stages:
-        if not (workdir / stage).exists():
-            shutil.copytree(shared / stage, workdir / f"{stage}.part", dirs_exist_ok=True)
-            (workdir / f"{stage}.part").rename(workdir / stage)
+    workdir = _begun(study, name, seed, stages)
     _command("distill", seed, workdir, f"select.layers={stack}", *settings)
     _keep(workdir / "halo.json", file)
 
@@ -73,6 +78,16 @@ def _shared(seed: int) -> pathlib.Path:
     workdir = RUNS / "halo" / f"default-{seed}"
     if "layers" not in (read_json(workdir / "select" / "scores.json") or {}):
         _command("search", seed, workdir)
+    return workdir
+
+
+def _begun(study: str, name: str, seed: int, stages: Sequence[str]) -> pathlib.Path:
+    """A cell's directory, with these stages of the default conversion."""
+    shared, workdir = _shared(seed), RUNS / study / f"{name}-{seed}"
+    for stage in stages:
+        if not (workdir / stage).exists():
+            shutil.copytree(shared / stage, workdir / f"{stage}.part", dirs_exist_ok=True)
+            (workdir / f"{stage}.part").rename(workdir / stage)
     return workdir
 
 
