@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.arguments import check_attention
 from pallas_kernels.attention import context
 from pallas_kernels.dispatch import Dispatch
+from pallas_kernels.precision import exact_products
 
 _dispatch = Dispatch(
     "attention", __name__, names=("reference", "xla", "splash", "cudnn"),
@@ -16,6 +17,7 @@ _dispatch = Dispatch(
 )
 
 
+@exact_products
 def attention(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B S G K"],

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention import ring, xla
+from pallas_kernels.precision import exact_products
 
 EXCHANGES = ("ring", "border", "gather", "merge")
 
@@ -72,7 +73,7 @@ def _fetched_backward(scale, axis, reach, residuals, do):
     return dq.astype(q.dtype), home(dk, k), home(dv, v), None, None, None
 
 
-_fetched.defvjp(_fetched_forward, _fetched_backward)
+_fetched.defvjp(_fetched_forward, exact_products(_fetched_backward))
 
 
 def _fetch_all(k, v, q_segments, k_segments, axis, reach):

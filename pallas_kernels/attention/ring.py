@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention import xla
+from pallas_kernels.precision import exact_products
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
@@ -64,7 +65,7 @@ def _backward(scale, axis, residuals, do):
     return home(dq, q), home(dk, k), home(dv, v), None, None, None
 
 
-attention.defvjp(_forward, _backward)
+attention.defvjp(_forward, exact_products(_backward))
 
 
 def _f32(v):

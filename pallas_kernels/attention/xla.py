@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import target_platform
+from pallas_kernels.precision import exact_products
 
 _LARGEST_DIRECT = 64 * 64  # T * S up to which all logits are formed
 _CPU_BLOCKS = (64, 256)  # least and most: logits stay in cache, and few are computed in vain
@@ -61,7 +62,7 @@ def _flash_backward(scale, residuals, do):
     return *(d.astype(x.dtype) for d, x in zip(gradients, (q, k, v), strict=True)), None, None, None
 
 
-_flash.defvjp(_flash_forward, _flash_backward)
+_flash.defvjp(_flash_forward, exact_products(_flash_backward))
 
 
 def forward(

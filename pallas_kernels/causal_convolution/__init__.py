@@ -13,10 +13,12 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.arguments import check_arrays
 from pallas_kernels.causal_convolution.context import split_causal_convolution
 from pallas_kernels.dispatch import Dispatch
+from pallas_kernels.precision import exact_products
 
 _dispatch = Dispatch("causal_convolution", __name__, names=("reference", "xla"), best={})
 
 
+@exact_products
 def causal_convolution(
     x: Float[Array, "B T D"],
     kernel: Float[Array, "D W"],

@@ -15,11 +15,13 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.arguments import check_arrays
 from pallas_kernels.dispatch import Dispatch
+from pallas_kernels.precision import exact_products
 
 _dispatch = Dispatch("chunk_sparse_attention", __name__, names=("reference", "xla", "tpu"),
                      best={"tpu": ("tpu", "xla")})
 
 
+@exact_products
 def chunk_sparse_attention(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B S G K"],

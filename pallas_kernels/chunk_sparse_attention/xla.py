@@ -25,6 +25,7 @@ from pallas_kernels.chunk_sparse_attention.gathered import (
     logits_of,
     softmax,
 )
+from pallas_kernels.precision import exact_products
 from pallas_kernels.selection import in_tiles, rows_of, sum_over_queries, tile_size
 
 _FEW = 4  # chunks per slot, up to which attention over all of them is faster
@@ -62,7 +63,7 @@ def _attend_backward(chunk_size, scale, off_by_one, arrays, do):
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, dweights, None
 
 
-_attend.defvjp(_attend_forward, _attend_backward)
+_attend.defvjp(_attend_forward, exact_products(_attend_backward))
 
 
 def _chunks(x, C):

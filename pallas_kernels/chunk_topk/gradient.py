@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.attention.xla import alike
+from pallas_kernels.precision import exact_products
 from pallas_kernels.selection import (
     cut,
     in_tiles,
@@ -48,7 +49,7 @@ def _backward(choose, scale, residuals, gradients):
     return dq.astype(q.dtype), dlandmarks.astype(landmarks.dtype), None
 
 
-with_gradient.defvjp(_forward, _backward)
+with_gradient.defvjp(_forward, exact_products(_backward))
 
 
 def _by_products(ds, indices, q, landmarks):

@@ -15,12 +15,14 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.arguments import check_arrays
 from pallas_kernels.dispatch import Dispatch
 from pallas_kernels.gated_delta_rule.context import split_gated_delta_rule
+from pallas_kernels.precision import exact_products
 
 _dispatch = Dispatch("gated_delta_rule", __name__, names=("reference", "xla", "tpu", "gpu"),
                      best={"tpu": ("tpu", "xla"), "gpu": ("gpu", "xla")})
 _L2_EPS = 1e-6  # inside the square root of a sum, not of a mean
 
 
+@exact_products
 def gated_delta_rule(
     q: Float[Array, "B T Hq K"],
     k: Float[Array, "B T Hk K"],

@@ -20,6 +20,8 @@ from jaxtyping import Array, Float
 from pallas_kernels.context import document_continues, on_split_row
 from pallas_kernels.gated_delta_rule import xla
 
+_product = functools.partial(jnp.matmul, precision="highest")
+
 
 class AffineMap(NamedTuple):
     """`S -> transition S + update`."""
@@ -28,10 +30,10 @@ class AffineMap(NamedTuple):
     update: Float[Array, "B H K V"]
 
     def __call__(self, state: Float[Array, "B H K V"] | None) -> Float[Array, "B H K V"]:
-        return self.update if state is None else self.transition @ state + self.update
+        return self.update if state is None else _product(self.transition, state) + self.update
 
     def then(self, later: "AffineMap") -> "AffineMap":
-        return AffineMap(later.transition @ self.transition, later(self.update))
+        return AffineMap(_product(later.transition, self.transition), later(self.update))
 
 
 def split_gated_delta_rule(

@@ -4,6 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from pallas_kernels.precision import full_precision
+
 _SMALL = 16  # up to here whole blocks are multiplied with a mask: few operations, little waste
 
 
@@ -17,6 +19,11 @@ def unit_lower_inverse(a: Float[Array, "*B C C"]) -> Float[Array, "*B C C"]:
     As exact as substitution. The shorter product (I - a)(I + a^2)(I + a^4)... is not: where keys
     resemble one another the powers of `a` grow far beyond their sum.
     """
+    with full_precision():
+        return _inverse(a)
+
+
+def _inverse(a):
     C = a.shape[-1]
     size = min(C, _SMALL)
     x = _small_inverse(_diagonal(a, size))

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.gated_delta_rule import chunks, reference
 from pallas_kernels.gated_delta_rule.chunks import Weights
 from pallas_kernels.gated_delta_rule.triangular import unit_lower_inverse
+from pallas_kernels.precision import exact_products
 
 FEW = 8  # tokens that are cheaper one by one
 _SPAN = 4  # chunks
@@ -119,7 +120,7 @@ def _backward(scale, saved, gradients):
     return gradients, None, dstate
 
 
-_chunked.defvjp(_forward, _backward)
+_chunked.defvjp(_forward, exact_products(_backward))
 
 
 # ---------------------------------------------------------------- the chunks of a span

@@ -16,11 +16,13 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.arguments import check_arrays
 from pallas_kernels.dispatch import Dispatch
 from pallas_kernels.linear_attention.context import split_linear_attention
+from pallas_kernels.precision import exact_products
 
 _dispatch = Dispatch("linear_attention", __name__, names=("reference", "xla", "tpu", "gpu"),
                      best={"tpu": ("tpu", "xla"), "gpu": ("gpu", "xla")})
 
 
+@exact_products
 def linear_attention(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],

@@ -8,11 +8,13 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.arguments import check_attention
 from pallas_kernels.dispatch import Dispatch
+from pallas_kernels.precision import exact_products
 from pallas_kernels.stick_breaking_attention.context import merged
 
 _dispatch = Dispatch("stick_breaking_attention", __name__, names=("reference", "xla"), best={})
 
 
+@exact_products
 def stick_breaking_attention(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B S G K"],

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.attention.xla import alike
 from pallas_kernels.dispatch import target_platform
+from pallas_kernels.precision import exact_products
 from pallas_kernels.selection import cut, joined
 
 _CPU_BLOCK, _BLOCK = 128, 512  # queries and keys
@@ -108,7 +109,7 @@ def _attend_backward(scale, residuals, do):
     return home(dq, T, q), home(dk, S, k), home(dv, S, v), None, None
 
 
-_attend.defvjp(_attend_forward, _attend_backward)
+_attend.defvjp(_attend_forward, exact_products(_attend_backward))
 
 
 def _logits(
