@@ -27,7 +27,7 @@ from hybridjax.mixers.base import Context
 from hybridjax.models.decoder import Decoder
 from hybridjax.optimizer import make_optimizer, may_change_steps, schedule
 from hybridjax.sharding import make_mesh, named_sharding, place, place_parameters, ways
-from hybridjax.workdir import check_owner, claim
+from hybridjax.workdir import check_owner, claim, hold
 
 MAY_CHANGE = ("steps", "log_every", "checkpoint.*", "evaluation.*", "mesh.*", "name")
 
@@ -122,6 +122,7 @@ def fit(
     else:
         state, step = start(), 0
     claim(workdir, dataclasses.asdict(config), allowed=MAY_CHANGE)
+    held = hold(workdir)
 
     writer = metrics.MetricWriter(workdir, resume_step=step)
     tokens_per_step = config.batch_size * config.seq_len
@@ -178,6 +179,7 @@ def fit(
         stop.close()
         checkpoints.close()
         writer.close()
+        held.close()
 
     if step < config.steps:
         progress.note(f"stopped at step {step}; the same command resumes")

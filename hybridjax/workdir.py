@@ -1,6 +1,8 @@
 """The work directory of a run: whose it is, and the run opened to be measured or talked to."""
 
+import contextlib
 import dataclasses
+import fcntl
 import fnmatch
 import json
 import logging
@@ -111,6 +113,28 @@ def check_owner(
             "choose another workdir"
         )
     return previous
+
+
+def hold(workdir: str | os.PathLike) -> contextlib.ExitStack:
+    """Keeps other processes from writing to the directory, until what it returns is closed or this
+    process ends. In an object store, or where file locks do not exist, nothing keeps them.
+
+    Raises `UserError` where another process holds it.
+    """
+    held, path = contextlib.ExitStack(), epath.Path(workdir) / ".lock"
+    if jax.process_index() == 0 and "://" not in os.fspath(path):
+        with one_line(f"cannot use {path}: ", "choose another workdir"):
+            file = held.enter_context(path.open("w"))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            held.close()
+            raise UserError(
+                f"another process is at work in {workdir}: wait for it, or choose another workdir"
+            ) from None
+        except OSError:
+            pass  # this file system has no locks
+    return held
 
 
 def load_config(workdir: str | os.PathLike) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from commands import MICRO, each_batch, end_state, files, train
 
-from hybridjax.workdir import load_config
+from hybridjax.workdir import hold, load_config
 
 pytest_plugins = ("commands",)
 pytestmark = pytest.mark.usefixtures("shared_compilation")
@@ -69,6 +69,15 @@ def test_another_configuration_is_refused(tmp_path, finished):
     assert "model.width: 16 there, 32 here; seed: 0 there, 1 here" in done.error
     assert "log_every" not in done.error and "choose another workdir" in done.error
     assert files(finished) == before
+
+
+def test_two_processes_do_not_train_in_one_directory(tmp_path, finished):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    with hold(tmp_path):
+        before = files(tmp_path)
+        assert f"another process is at work in {tmp_path}" in train(tmp_path).error
+        assert files(tmp_path) == before
+    assert train(tmp_path).code == 0
 
 
 def test_what_may_change_may_change(tmp_path, finished):

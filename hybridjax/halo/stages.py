@@ -28,7 +28,7 @@ from hybridjax.halo import selection, transfer, updates
 from hybridjax.halo.config import HaloConfig, check_stack, check_teacher, run_config
 from hybridjax.mixers.base import Mixer
 from hybridjax.models.decoder import Decoder
-from hybridjax.workdir import load_config
+from hybridjax.workdir import hold, load_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +206,9 @@ def run(stages: list[str], halo: HaloConfig, workdir: pathlib.Path) -> bool:
     for name in stages:
         if name not in STAGES:
             raise UserError(f"there is no stage {name!r}: there are {', '.join(STAGES)}")
-    return all(stage(halo, workdir) for stage in (pretrain, *(STAGES[name] for name in stages)))
+    with hold(workdir):
+        wanted = pretrain, *(STAGES[name] for name in stages)
+        return all(stage(halo, workdir) for stage in wanted)
 
 
 # ---------------------------------------------------------------- what earlier stages have left
