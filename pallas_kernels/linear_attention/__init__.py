@@ -17,8 +17,9 @@ from pallas_kernels.arguments import check_arrays
 from pallas_kernels.dispatch import Dispatch
 from pallas_kernels.linear_attention.context import split_linear_attention
 
-_dispatch = Dispatch("linear_attention", __name__, names=("reference", "xla", "tpu", "gpu", "triton"),
-                     best={"tpu": ("tpu", "xla"), "gpu": ("gpu", "triton", "xla")})
+_dispatch = Dispatch(
+    "linear_attention", __name__, names=("reference", "xla", "tpu", "gpu", "triton"),
+    best={"tpu": ("tpu", "xla"), "gpu": ("gpu", "triton", "xla")})
 
 
 def linear_attention(

@@ -86,8 +86,8 @@ def _refuse_arguments(q, k, v, scale, chunk_size):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(scale, q, k, v, decay, initial_state, segments):
     weights = _weights(decay, segments, scale)
-    before, final = states(k, v, weights, initial_state)
-    return outputs(q, k, v, weights, before)[0], final
+    before, final = states("states", k, v, weights, initial_state)
+    return outputs("o", q, k, v, weights, before)[0], final
 
 
 def _attend_fwd(scale, *arguments):
@@ -103,12 +103,12 @@ def _attend_bwd(scale, residuals, gradients):
         jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x for x in gradients)
     weights = _weights(decay, segments, scale)
     backwards = weights._replace(reverse=True)
-    before, _ = states(k, v, weights, initial_state)
-    dafter, dinitial = states(q, do, backwards, dfinal)
+    before, _ = states("states", k, v, weights, initial_state)
+    dafter, dinitial = states("dstates", q, do, backwards, dfinal)
     dotted = lambda x: None if wants_decay is None else x
-    dq, q_dots = outputs(do, v, k, weights, before, transposed=True, dot=dotted(q))
-    dk, k_dots = outputs(v, do, q, backwards, dafter, transposed=True, dot=dotted(k))
-    dv, _ = outputs(k, q, do, backwards, dafter)
+    dq, q_dots = outputs("dq", do, v, k, weights, before, transposed=True, dot=dotted(q))
+    dk, k_dots = outputs("dk", v, do, q, backwards, dafter, transposed=True, dot=dotted(k))
+    dv, _ = outputs("dv", k, q, do, backwards, dafter)
     ddecay = None
     if wants_decay is not None:
         ddecay = _ddecay(q_dots, k_dots, weights.keep, before, dafter)

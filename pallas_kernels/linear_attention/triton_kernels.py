@@ -34,24 +34,30 @@ class Weights(NamedTuple):
 
 
 def states(
+    name: str,
     b: Float[Array, "B T H K"],
     x: Float[Array, "B T H X"],
     weights: Weights,
     start: Float[Array, "B H K X"],
 ) -> tuple[Float[Array, "B H N K X"], Float[Array, "B H K X"]]:
-    """The state before each chunk, in the direction of travel and in x's dtype, and after all."""
+    """The state before each chunk, in the direction of travel and in x's dtype, and after all.
+
+    Args:
+      name: of the kernel, in profiles.
+    """
     (B, T, H, K), X = b.shape, x.shape[-1]
     N, C = weights.keep.shape[2], weights.tokens.shape[4]
     BK, BX = _tile(K), _tile(X)
     shape = jax.ShapeDtypeStruct
     return _launch(
-        states_kernel, B * H * triton.cdiv(K, BK) * triton.cdiv(X, BX),
+        name, states_kernel, B * H * -(-K // BK) * -(-X // BX),
         (b, x, weights.tokens, weights.keep, start),
         (shape((B, H, N, K, X), x.dtype), shape(start.shape, jnp.float32)),
         T=T, H=H, K=K, X=X, N=N, C=C, BK=BK, BX=BX, REVERSE=weights.reverse)
 
 
 def outputs(
+    name: str,
     a: Float[Array, "B T H K"],
     b: Float[Array, "B T H K"],
     x: Float[Array, "B T H X"],
@@ -70,13 +76,13 @@ def outputs(
     (B, T, H, K), X = b.shape, x.shape[-1]
     N, C = weights.keep.shape[2], weights.tokens.shape[4]
     BK, BX = _tile(K), _tile(X)
-    tiles = triton.cdiv(X, BX)
+    tiles = -(-X // BX)
     # Every kernel argument is an array: where there is none, one that is not looked at.
     documents = weights.tokens if weights.documents is None else weights.documents
     dots = (tiles, 2, B, H, N, C) if dot is not None else (1,)
     shape = jax.ShapeDtypeStruct
     y, dots = _launch(
-        outputs_kernel, B * H * N * tiles,
+        name, outputs_kernel, B * H * N * tiles,
         (a, b, x, weights.tokens, documents, before, x if dot is None else dot),
         (shape(x.shape, x.dtype), shape(dots, jnp.float32)),
         SCALE=float(weights.scale), B=B, T=T, H=H, K=K, X=X, N=N, C=C, BK=BK, BX=BX,
@@ -86,15 +92,16 @@ def outputs(
 
 
 def _tile(width: int) -> int:
-    return min(TILE, max(LEAST, triton.next_power_of_2(width)))
+    return min(TILE, max(LEAST, 1 << (width - 1).bit_length()))
 
 
-def _launch(kernel, programs, arrays, out, **constants):
+def _launch(name, kernel, programs, arrays, out, **constants):
     # Until jax-triton 0.4 it was called out_shape.
     known = inspect.signature(jax_triton.triton_call).parameters
     out = {"out_type" if "out_type" in known else "out_shape": out}
     return jax_triton.triton_call(
-        *arrays, kernel=kernel, grid=(programs,), num_warps=4, num_stages=2, **out, **constants)
+        *arrays, kernel=kernel, name=f"linear_attention_{name}", grid=(programs,), num_warps=4,
+        num_stages=2, **out, **constants)
 
 
 @triton.jit
