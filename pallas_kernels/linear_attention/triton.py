@@ -35,9 +35,8 @@ from jaxtyping import Array, Int
 from pallas_kernels.dispatch import target_kind, target_platform
 from pallas_kernels.documents import to_compare
 from pallas_kernels.linear_attention.chunks import in_chunks, running_sum, within_documents
-from pallas_kernels.linear_attention.triton_kernels import LEAST, Weights, outputs, states
+from pallas_kernels.linear_attention.triton_kernels import LEAST, SIDE, Weights, outputs, states
 
-C = 64  # tokens per chunk, at most
 _OLDER = r"\b(GTX|TITAN|RTX 20\d\d|T4|V100)\b"  # NVIDIA's with no products of bfloat16
 
 
@@ -47,7 +46,7 @@ def linear_attention(q, k, v, decay, *, scale, initial_state, segments, output_f
     _refuse_target()
     _refuse_arguments(q, k, v, scale, chunk_size)
     B, T, H, K = q.shape
-    chunk = chunk_size or min(C, max(LEAST, 1 << (T - 1).bit_length()))
+    chunk = chunk_size or min(SIDE[q.dtype.name], max(LEAST, 1 << (T - 1).bit_length()))
     # The barrier: else the compiler computes what a constant decay gives for all B T H tokens.
     decay = lax.optimization_barrier(jnp.asarray(decay, jnp.float32))
     decay = jnp.broadcast_to(decay, (B, T, H))

@@ -19,7 +19,9 @@ import triton
 import triton.language as tl
 from jaxtyping import Array, Float, Int
 
-TILE = 64  # rows and columns of a state, at most: 32 registers of each of 128 threads
+# Of a tile of a state, and tokens per chunk, at most: three products take thrice the registers.
+SIDE = {"bfloat16": 64, "float32": 32}
+DEPTH = 32  # columns of a and b at a time in `outputs`
 LEAST = 16  # rows and columns of a product
 
 
@@ -47,7 +49,7 @@ def states(
     """
     (B, T, H, K), X = b.shape, x.shape[-1]
     N, C = weights.keep.shape[2], weights.tokens.shape[4]
-    BK, BX = _tile(K), _tile(X)
+    BK, BX = (_tile(width, SIDE[x.dtype.name]) for width in (K, X))
     shape = jax.ShapeDtypeStruct
     return _launch(
         name, states_kernel, B * H * -(-K // BK) * -(-X // BX),
@@ -75,7 +77,7 @@ def outputs(
     """
     (B, T, H, K), X = b.shape, x.shape[-1]
     N, C = weights.keep.shape[2], weights.tokens.shape[4]
-    BK, BX = _tile(K), _tile(X)
+    BK, BX = _tile(K, DEPTH), _tile(X, SIDE[x.dtype.name])
     tiles = -(-X // BX)
     # Every kernel argument is an array: where there is none, one that is not looked at.
     documents = weights.tokens if weights.documents is None else weights.documents
@@ -91,8 +93,8 @@ def outputs(
     return y, None if dot is None else dots.sum(0)
 
 
-def _tile(width: int) -> int:
-    return min(TILE, max(LEAST, 1 << (width - 1).bit_length()))
+def _tile(width: int, most: int) -> int:
+    return min(most, max(LEAST, 1 << (width - 1).bit_length()))
 
 
 def _launch(name, kernel, programs, arrays, out, **constants):
@@ -183,11 +185,11 @@ def outputs_kernel(
     pairs *= SCALE * tl.exp(tl.where(seen, decay, 0.0))
     pairs = tl.where(seen, pairs, 0.0)
 
-    here = token * X + (i * H * X)[:, None] + cols[None, :]
+    here = (i * H * X)[:, None] + cols[None, :]
     inside = real[:, None] & (cols[None, :] < X)
-    x = tl.load(x_ptr + here, mask=inside, other=0.0)
+    x = tl.load(x_ptr + token * X + here, mask=inside, other=0.0)
     if DOT:  # apart from x_i's own part in y_i, which no decay touches
-        dot = tl.load(dot_ptr + here, mask=inside, other=0.0).to(tl.float32)
+        dot = tl.load(dot_ptr + token * X + here, mask=inside, other=0.0).to(tl.float32)
         dots = dots_ptr + (tile.to(tl.int64) * 2 * B * H * N + chunk) * C + i
         tl.store(dots, tl.sum(y * dot, 1))
         own = i[:, None] == i[None, :]
@@ -197,4 +199,4 @@ def outputs_kernel(
         y += others + tl.sum(tl.where(own, pairs, 0.0), 1)[:, None] * x.to(tl.float32)
     else:
         y = tl.dot(pairs.to(x.dtype), x, acc=y, input_precision="tf32x3")
-    tl.store(y_ptr + here, y.to(x.dtype), mask=inside)
+    tl.store(y_ptr + token * X + here, y.to(x.dtype), mask=inside)

@@ -27,7 +27,8 @@ def test_triton_is_the_oracle_in_the_interpreter(case, monkeypatch):
     triton_interpreter.interpreted(monkeypatch, TRITON)
     monkeypatch.setattr(f"{TRITON}._refuse_target", lambda: None)
     # A program costs the interpreter the same whatever its tile; 256 is two of these.
-    monkeypatch.setattr(f"{TRITON}_kernels.TILE", 128)
+    monkeypatch.setattr(f"{TRITON}_kernels.SIDE", dict.fromkeys(("bfloat16", "float32"), 128))
+    monkeypatch.setattr(f"{TRITON}_kernels.DEPTH", 128)
     assert_is_the_oracle(case, "triton")
 
 
