@@ -8,6 +8,7 @@ Triton alone (`pip install triton`), whose own ptxas it takes.
 """
 
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
@@ -19,7 +20,6 @@ import types
 
 CASES = {
     "hypenet-2b": dict(T=32768, H=16, K=128, V=128),
-    "gla-packed": dict(B=2, T=8192, H=8, K=128, V=128, decay="token", packed=True),
     "wide-packed": dict(T=8192, H=8, K=256, V=256, decay="token", packed=True),
     "float32-packed": dict(
         T=8192, H=8, K=128, V=128, decay="token", packed=True, dtype="float32"),
@@ -124,11 +124,9 @@ def table(results, versions) -> str:
         f"| case | sm | kernel | {' | '.join(COLUMNS)} |",
         "|---|---|---|" + "---:|" * len(COLUMNS),
     ]
-    for case, capabilities in results.items():
-        for capability, kernels in capabilities.items():
-            for kernel, figures in kernels.items():
-                cells = " | ".join(str(figures[column]) for column in COLUMNS)
-                lines.append(f"| {case} | {capability} | {kernel} | {cells} |")
+    for row in results:
+        cells = [row["case"], row["capability"], row["kernel"], *(row[name] for name in COLUMNS)]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 
 
@@ -140,12 +138,14 @@ def main():
         return
     from importlib.metadata import version
 
-    versions = {name: version(name) for name in ("triton", "jax")}
-    results = {case: {capability: run(case, capability) for capability in CAPABILITIES}
-               for case in CASES}
-    RESULTS.with_suffix(".json").write_text(
-        json.dumps(dict(versions=versions, results=results), indent=1) + "\n")
-    RESULTS.with_suffix(".md").write_text(table(results, versions))
+    versions, results = {name: version(name) for name in ("triton", "jax")}, []
+    for capability, case in itertools.product(CAPABILITIES, CASES):
+        for kernel, figures in measure(case, capability).items():
+            results.append(dict(case=case, capability=capability, kernel=kernel, **figures))
+            print(results[-1], flush=True)
+        RESULTS.with_suffix(".json").write_text(
+            json.dumps(dict(versions=versions, results=results), indent=1) + "\n")
+        RESULTS.with_suffix(".md").write_text(table(results, versions))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """Linear attention on NVIDIA GPUs from Ampere on, by chunks, in Triton through jax-triton. Compiled
-for sm_80 and sm_89 and run in Triton's interpreter; not yet run on hardware.
+for sm_80 and run in Triton's interpreter; not yet run on hardware.
 
 With G the running sum of the log decay in a chunk, outputs and every gradient come from two
 contractions (triton_kernels.py): of keys and values into the states S before each chunk, and
