@@ -154,7 +154,8 @@ def _count(patterns, line, text) -> dict[str, int]:
             for name, pattern in patterns.items()}
 
 
-def linear_attention(B=1, *, T, H, K, V, decay="heads", packed=False):
+def linear_attention(B=1, *, T, H, K, V, decay="heads", packed=False, dtype="bfloat16",
+                     implementation="gpu"):
     """The op's outputs and gradients as a function, and what to call it with."""
     import jax
     import jax.numpy as jnp
@@ -163,8 +164,8 @@ def linear_attention(B=1, *, T, H, K, V, decay="heads", packed=False):
     from pallas_kernels.linear_attention.decay import alibi_slopes
 
     array = jax.ShapeDtypeStruct
-    tokens = array((B, T, H, K), jnp.bfloat16)
-    arrays = dict(q=tokens, k=tokens, v=array((B, T, H, V), jnp.bfloat16),
+    tokens = array((B, T, H, K), dtype)
+    arrays = dict(q=tokens, k=tokens, v=array((B, T, H, V), dtype),
                   initial_state=array((B, H, K, V), jnp.float32))
     if decay == "token":
         arrays["decay"] = array((B, T, H), jnp.float32)
@@ -172,7 +173,8 @@ def linear_attention(B=1, *, T, H, K, V, decay="heads", packed=False):
 
     def function(arrays, segments, cotangents):
         op = functools.partial(
-            linear_attention, segments=segments, output_final_state=True, implementation="gpu")
+            linear_attention, segments=segments, output_final_state=True,
+            implementation=implementation)
         arrays = {"decay": -alibi_slopes(H)} | arrays
         constant = {"decay": arrays.pop("decay")} if decay == "heads" else {}
         out, vjp = jax.vjp(lambda arrays: op(**arrays, **constant), arrays)

@@ -18,8 +18,9 @@ from pallas_kernels.dispatch import Dispatch
 from pallas_kernels.linear_attention.context import split_linear_attention
 from pallas_kernels.precision import exact_products
 
-_dispatch = Dispatch("linear_attention", __name__, names=("reference", "xla", "tpu", "gpu"),
-                     best={"tpu": ("tpu", "xla"), "gpu": ("gpu", "xla")})
+_dispatch = Dispatch(
+    "linear_attention", __name__, names=("reference", "xla", "tpu", "gpu", "triton"),
+    best={"tpu": ("tpu", "xla"), "gpu": ("gpu", "triton", "xla")})
 
 
 @exact_products
