@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.arguments import check_arrays
 from pallas_kernels.dispatch import Dispatch
 
-_dispatch = Dispatch("chunk_sparse_attention", __name__, names=("reference", "xla", "tpu"),
-                     best={"tpu": ("tpu", "xla")})
+_dispatch = Dispatch("chunk_sparse_attention", __name__, names=("reference", "xla", "tpu", "gpu"),
+                     best={"tpu": ("tpu", "xla"), "gpu": ("gpu", "xla")})
 
 
 def chunk_sparse_attention(
