@@ -16,8 +16,8 @@ from pallas_kernels.arguments import check_arrays
 from pallas_kernels.chunk_topk import noise
 from pallas_kernels.dispatch import Dispatch
 
-_dispatch = Dispatch("chunk_topk", __name__, names=("reference", "xla", "tpu"),
-                     best={"tpu": ("tpu", "xla")})
+_dispatch = Dispatch("chunk_topk", __name__, names=("reference", "xla", "tpu", "gpu"),
+                     best={"tpu": ("tpu", "xla"), "gpu": ("gpu", "xla")})
 
 
 def chunk_topk(
