@@ -57,7 +57,7 @@ def forward(
     shared = dict(q=tile(R, K), k=tile(STAGES, C, K), v=tile(STAGES, C, V), pairs=tile(R, C),
                   o=tile(R, V)) | _rows(out, "lse")
     given = dict(q=q, k=k, v=v, indices=indices, seen=seen, weights=weights)
-    return _call(_forward, "forward", plan, given, out, shared, (T, B * G), arrivals=(1, 2))
+    return _call(_forward, "forward", plan, given, out, shared, (B * G, T), arrivals=(1, 2))
 
 
 def by_query(
@@ -76,7 +76,7 @@ def by_query(
     given = dict(q=q, do=do, k=k, v=v, indices=indices, seen=seen, weights=weights, lse=lse, d=d)
     shared = dict(q=tile(R, K), do=tile(R, V), k=tile(STAGES, C, K), v=tile(STAGES, C, V),
                   pairs=tile(R, C), dq=tile(R, K)) | _rows(given | out, "lse", "d")
-    return _call(_by_query, "by_query", plan, given, out, shared, (T, B * G),
+    return _call(_by_query, "by_query", plan, given, out, shared, (B * G, T),
                  arrivals=(4 if plan.joint else 3, 2))
 
 
@@ -102,7 +102,7 @@ def by_chunk(
                   columns=plgpu.SMEM((STAGES, 4, C), jnp.float32))
     given = dict(q=q, k=k, v=v, do=do, columns=columns, tokens=tokens, first=first)
     return _call(_by_chunk, "by_chunk", plan, given, dict(dk=wide(k), dv=wide(v)), shared,
-                 (S // C, B * G, parts), arrivals=(2, 2 * (C // q.shape[3]) + 1))
+                 (B * G, S // C * parts), arrivals=(2, 2 * (C // q.shape[3]) + 1))
 
 
 def rows(softmaxes, R):
@@ -117,21 +117,26 @@ def _rows(arrays, *names):
 
 
 def _call(kernel, name, plan, given, out, shared, grid, arrivals):
-    """`arrivals`: how many copies are awaited once, and how many at every step."""
+    """`arrivals`: how many copies are awaited once, and how many at every step.
+
+    The last axis of the grid is the one whose length CUDA does not limit.
+    """
     given = {name: array for name, array in given.items() if array is not None}
     shared |= dict(once=plgpu.Barrier(num_arrivals=arrivals[0]),
                    arrived=plgpu.Barrier(num_arrivals=arrivals[1], num_barriers=STAGES))
     return plgpu.kernel(
-        functools.partial(kernel, plan=plan), out_type=out, scratch_types=(shared,),
-        grid=grid, grid_names=("place", "group", "part")[:len(grid)],
-        compiler_params=hopper.COMPILER_PARAMS, kernel_name=f"chunk_sparse_attention_{name}")(given)
+        functools.partial(kernel, plan=plan), out_type=out, scratch_types=(shared,), grid=grid,
+        grid_names=("group", "place"), compiler_params=hopper.COMPILER_PARAMS,
+        kernel_name=f"chunk_sparse_attention_{name}")(given)
 
 
 def _slots(given, smem):
-    """Of one query and group: where it is, how many slots, and the chunk in a slot once here."""
+    """A query's place, its number of slots, and what to call before and after using one.
+
+    The first awaits the chunk in the slot, and returns its keys and values.
+    """
     G, J = given["indices"].shape[2:]
-    t, group = lax.axis_index("place"), lax.axis_index("group")
-    b, g = lax.div(group, jnp.int32(G)), lax.rem(group, jnp.int32(G))
+    t, (b, g) = lax.axis_index("place"), _divided(lax.axis_index("group"), G)
 
     def fetch(j):
         stage = lax.rem(j, STAGES)
@@ -140,12 +145,12 @@ def _slots(given, smem):
             plgpu.copy_gmem_to_smem(
                 given[name].at[b, keys, g], smem[name].at[stage], smem["arrived"].at[stage])
 
-    def arrive(j):
+    def await_chunk(j):
         stage = lax.rem(j, STAGES)
         plgpu.barrier_wait(smem["arrived"].at[stage])
         return smem["k"].at[stage], smem["v"].at[stage]
 
-    def then(j):
+    def release(j):
         pl.when(j + STAGES < J)(lambda: fetch(j + STAGES))
 
     for name in ("q", "do", "lse", "d"):
@@ -154,21 +159,22 @@ def _slots(given, smem):
     for j in range(min(STAGES, J)):
         fetch(jnp.int32(j))
     plgpu.barrier_wait(smem["once"])
-    return (b, t, g), J, arrive, then
+    return (b, t, g), J, await_chunk, release
 
 
 def _forward(given, out, smem, *, plan):
-    at, J, arrive, then = _slots(given, smem)
+    at, J, await_chunk, release = _slots(given, smem)
     R, V = smem["o"].shape
     row = lambda x: plgpu.layout_cast(jnp.full((R,), x, jnp.float32), COLS)
     nothing = (row(0.0), row(1.0)) if plan.off_by_one else (row(_LEAST), row(0.0))
 
-    def lse_of(base, total):
-        return base + jnp.log(jnp.where(total == 0, 1, total))
+    def keep(softmax, base, total):
+        if "lse" in out:
+            smem["lse"][softmax] = base + jnp.log(jnp.where(total == 0, 1, total))
 
     def slot(j, carry):
         base, total, o = carry
-        k, v = arrive(j)
+        k, v = await_chunk(j)
         s = _logits(plan, k, smem["q"], given["seen"][*at, j])
         new = jnp.maximum(base, s.max(0))
         p = jnp.exp(s - _down(new, C))
@@ -177,31 +183,29 @@ def _forward(given, out, smem, *, plan):
         if plan.joint:
             o, base = o * _down(kept, V), new
         else:
-            if "lse" in out:
-                smem["lse"][j] = lse_of(new, total)
+            keep(j, new, total)
             p *= _down(given["weights"][*at, j] / jnp.where(total == 0, 1, total), C)
             base, total = nothing
         _stage(smem["pairs"], p)
         o = hopper.mma_add(o, (v.T, smem["pairs"].T))
-        then(j)
+        release(j)
         return base, total, o
 
     o = plgpu.layout_cast(jnp.zeros((V, R), jnp.float32), LAYOUT)
     base, total, o = lax.fori_loop(0, J, slot, (*nothing, o))
     if plan.joint:
-        if "lse" in out:
-            smem["lse"][0] = lse_of(base, total)
+        keep(0, base, total)
         o /= _down(jnp.where(total == 0, 1, total), V)
     _stage(smem["o"], o)
     _leave(smem, out, at)
 
 
 def _by_query(given, out, smem, *, plan):
-    at, J, arrive, then = _slots(given, smem)
+    at, J, await_chunk, release = _slots(given, smem)
     R, K = smem["dq"].shape
 
     def slot(j, dq):
-        k, v = arrive(j)
+        k, v = await_chunk(j)
         softmax = 0 if plan.joint else j
         s = _logits(plan, k, smem["q"], given["seen"][*at, j])
         p = jnp.exp(s - _down(_load(smem["lse"].at[softmax]), C))
@@ -214,7 +218,7 @@ def _by_query(given, out, smem, *, plan):
             p *= given["weights"][*at, j]
         _stage(smem["pairs"], plan.scale * p * (dp - _down(d, C)))
         dq = hopper.mma_add(dq, (k.T, smem["pairs"].T))
-        then(j)
+        release(j)
         return dq
 
     dq = plgpu.layout_cast(jnp.zeros((K, R), jnp.float32), LAYOUT)
@@ -225,10 +229,10 @@ def _by_query(given, out, smem, *, plan):
 def _by_chunk(given, out, smem, *, plan):
     G, R, K = given["q"].shape[2:]
     V, P = given["v"].shape[-1], C // R
-    n, group, part = (lax.axis_index(name) for name in ("place", "group", "part"))
-    b, g = lax.div(group, jnp.int32(G)), lax.rem(group, jnp.int32(G))
-    begin, end = given["first"][b, g, n], given["first"][b, g, n + 1]
     parts = out["dk"].shape[0]
+    b, g = _divided(lax.axis_index("group"), G)
+    n, part = _divided(lax.axis_index("place"), parts)
+    begin, end = given["first"][b, g, n], given["first"][b, g, n + 1]
     share = lax.div(end - begin + (P * parts - 1), jnp.int32(P * parts)) * P
     begin = jnp.minimum(begin + part * share, end)
     end = jnp.minimum(begin + share, end)
@@ -250,11 +254,11 @@ def _by_chunk(given, out, smem, *, plan):
         stage = lax.rem(i, STAGES)
         plgpu.barrier_wait(smem["arrived"].at[stage])
         q, do, columns = (smem[name].at[stage] for name in ("q", "do", "columns"))
-        s = plan.scale * hopper.mma((C, C), (smem["k"], q.T))
-        row, column = hopper.indices()
-        seen = _down(_load(columns.at[SEEN]), C).astype(jnp.int32)
-        seen = (row < seen) & (column < (end - begin - i * P) * R)
-        p = jnp.exp(jnp.where(seen, s - _down(_load(columns.at[LSE]), C), -jnp.inf))
+        column = plgpu.broadcasted_iota(jnp.int32, (C,), 0, layout=COLS)
+        seen = _load(columns.at[SEEN]).astype(jnp.int32)
+        seen = jnp.where(column < (end - begin - i * P) * R, seen, 0)
+        s = _logits(plan, smem["k"], q, _down(seen, C))
+        p = jnp.exp(s - _down(_load(columns.at[LSE]), C))
         p *= _down(_load(columns.at[WEIGHT]), C)
         dv = hopper.mma_add(dv, (p.astype(jnp.bfloat16), do))
         dp = hopper.mma((C, C), (smem["v"], do.T))
@@ -275,8 +279,12 @@ def _by_chunk(given, out, smem, *, plan):
     out["dv"][part, b, keys, g] = dv
 
 
+def _divided(x, by):
+    return lax.div(x, jnp.int32(by)), lax.rem(x, jnp.int32(by))
+
+
 def _logits(plan, k, q, seen):
-    """[C, R], -inf from key `seen` on."""
+    """[C, columns of q], -inf from key `seen` on."""
     s = plan.scale * hopper.mma((C, q.shape[0]), (k, q.T))
     i = plgpu.broadcasted_iota(jnp.int32, s.shape, 0, layout=LAYOUT)
     return jnp.where(i < seen, s, -jnp.inf)

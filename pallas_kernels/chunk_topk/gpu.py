@@ -69,7 +69,7 @@ def _choose(plan, q, landmarks, ended, segments, chunk_segments, words):
         scratch_types=(dict(
             q=tile(C, R), landmarks=tile(STAGES, C, COLUMNS), asked=plgpu.Barrier(),
             arrived=plgpu.Barrier(num_barriers=STAGES)),),
-        grid=(tiles, B * G), grid_names=("tile", "group"),
+        grid=(B * G, tiles), grid_names=("group", "tile"),
         compiler_params=hopper.COMPILER_PARAMS, kernel_name="chunk_topk")(given)
     choice, indices = (
         jnp.moveaxis(x.reshape(B, G, tiles * C, -1)[:, :, :T, :plan.k], 1, 2)
@@ -87,7 +87,8 @@ def _padded(x, columns=1):
 
 def _kernel(plan, given, choice_ref, indices_ref, smem):
     G, R = given["q"].shape[2:]
-    n, group = lax.axis_index("tile"), lax.axis_index("group")
+    group, n = lax.axis_index("group"), lax.axis_index("tile")
+    n = given["blocks"].shape[1] - 1 - n  # those with the most to choose from begin
     b, g = lax.div(group, jnp.int32(G)), lax.rem(group, jnp.int32(G))
     parts, queries = R // COLUMNS, pl.ds(n * C, C)
     blocks = given["blocks"][b, n]
@@ -100,7 +101,7 @@ def _kernel(plan, given, choice_ref, indices_ref, smem):
                                 smem["landmarks"].at[stage], smem["arrived"].at[stage])
 
     def of_queries(name, *at):
-        return _across(hopper.load(given[name].at[*at, queries], ROWS, optimized=False), C)
+        return hopper.load(given[name].at[*at, queries], ROWS, optimized=False)
 
     def block(i, best):
         def part(p, scores):
@@ -116,17 +117,20 @@ def _kernel(plan, given, choice_ref, indices_ref, smem):
         choice = plan.scale * lax.fori_loop(0, parts, part, scores)
         ids = i * C + hopper.indices()[1]
         if "words" in given:
-            choice += gumbel(of_queries("words", b, g), ids)
-        visible = ids < of_queries("ended", b)
+            choice += gumbel(_across(words, C), ids)
+        visible = ids < _across(ended, C)
         if "segments" in given:
             chunks = given["chunk_segments"].at[b, pl.ds(i * C, C)]
             chunks = hopper.load(chunks, COLS, optimized=False)
-            visible &= lax.broadcast_in_dim(chunks, (C, C), [1]) == of_queries("segments", b)
+            visible &= lax.broadcast_in_dim(chunks, (C, C), [1]) == _across(segments, C)
         return _merge(jnp.where(visible, choice, -jnp.inf), ids, *best)
 
     plgpu.copy_gmem_to_smem(given["q"].at[b, queries, g], smem["q"], smem["asked"])
     for step in range(STAGES):
         pl.when(step < blocks * parts)(functools.partial(fetch, jnp.int32(step)))
+    ended = of_queries("ended", b)
+    words = of_queries("words", b, g) if "words" in given else None
+    segments = of_queries("segments", b) if "segments" in given else None
     plgpu.barrier_wait(smem["asked"])
     slot = plgpu.broadcasted_iota(jnp.int32, choice_ref.shape[3:], 1, layout=LAYOUT)
     # Slots beyond k count as too good to be replaced; ids of empty ones differ.

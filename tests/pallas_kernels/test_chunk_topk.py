@@ -65,8 +65,8 @@ def run(arrays, weights, options, implementation, dtype):
 
 
 @functools.cache
-def expected(name, dtype="float32"):
-    arrays, weights, options = make(name, **CASES[name])
+def expected(name, dtype="float32", **change):
+    arrays, weights, options = make(name, **CASES[name] | change)
     arrays = [np.asarray(jnp.asarray(x, dtype), np.float64) for x in arrays]
     with jax.enable_x64(True):
         return {k: np.asarray(x) for k, x in
