@@ -16,15 +16,14 @@ other, which is what `by_chunk` does:
 
 over the pairs that hold a chunk, which sorting by chunk has put side by side. The queries of 64
 columns of pairs are gathered by TMA; what belongs to pairs and heads (lse, d, w) is sorted outside.
-Few chunks are shared out among several thread blocks, whose sums are added in a fixed order.
+Where chunks are few, several thread blocks share one, and their sums are added in a fixed order.
 
-**Work.** At K = V = 64 with 16 heads to a group, `forward` fetches 16 kB per pair, mostly from L2,
-for 0.26 MFLOP: 16 FLOP to a byte, so fetching bounds it, and the tensor cores are far from busy.
+**Work.** At K = V = 64 with 16 heads to a group, `forward` fetches 16 kB per pair
+for 0.26 MFLOP: 16 FLOP to a byte, so fetching bounds it, from L2 where that holds the row.
 `by_query` fetches the same for 0.39 MFLOP; `by_chunk` 4.3 kB for 0.52 MFLOP.
 
-Chunks of fewer than 64 keys are filled up to 64, at the cost of 64. A chunk's first queries and its
-last go to different thread blocks only if `parts` are several: where all queries choose one chunk
-of many, its block works alone.
+Chunks of fewer than 64 keys are filled up, and cost what 64 do. The pairs of a chunk are shared out
+evenly, but no two chunks' are: one that most queries choose keeps its thread blocks busy alone.
 """
 
 import functools
