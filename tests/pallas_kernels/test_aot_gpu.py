@@ -24,5 +24,5 @@ def test_kernels_compile_for_hopper_without_spills(case):
     assert {f"{op}{name}" for name in KERNELS[op]} <= kernels.keys()
     for name, figures in kernels.items():
         assert figures["spilled_bytes"] == 0, (name, figures)
-        assert figures["registers"] <= 248, (name, figures)  # the limit is 255: a margin
+        assert figures["registers"] <= 250, (name, figures)  # the limit is 255: a margin
         assert figures["ptx"]["wgmma"] and figures["ptx"]["tma_in"], (name, figures)
