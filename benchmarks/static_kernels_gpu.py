@@ -42,6 +42,18 @@ CASES = {
         op="gated_delta_rule", T=8192, heads=12, value_heads=12, K=96, V=256, packed=True),
     "gated_delta_rule-64-packed": dict(
         op="gated_delta_rule", B=4, T=4000, heads=16, value_heads=16, K=64, V=64, packed=True),
+    "chunk_sparse_attention-hsa-240m": dict(
+        op="chunk_sparse_attention", T=4096, H=16, G=1, K=64, J=8),
+    "chunk_sparse_attention-hsa-345m-joint": dict(
+        op="chunk_sparse_attention", T=8192, H=16, G=1, K=64, J=32, joint=True),
+    "chunk_sparse_attention-128": dict(
+        op="chunk_sparse_attention", T=8192, H=32, G=8, K=128, J=16),
+    "chunk_sparse_attention-64-heads": dict(
+        op="chunk_sparse_attention", T=4096, H=64, G=1, K=128, J=8, joint=True),
+    "chunk_topk-hsa-240m": dict(op="chunk_topk", T=4096, G=1, R=768, k=8),
+    "chunk_topk-hsa-345m-packed-noise": dict(
+        op="chunk_topk", T=8192, G=1, R=1024, k=32, packed=True, noise=True),
+    "chunk_topk-64-slots": dict(op="chunk_topk", T=65536, G=1, R=64, k=64),
 }
 RESULTS = pathlib.Path(__file__).parents[1] / "docs/results/static_kernels_gpu"
 PLUGINS = "jax_cuda12_plugin", "jax_cuda13_plugin"
@@ -205,7 +217,47 @@ def gated_delta_rule(B=1, *, T, heads, value_heads, K, V, packed=False):
     return function, (arrays, segments, cotangents)
 
 
-OPS = dict(linear_attention=linear_attention, gated_delta_rule=gated_delta_rule)
+def chunk_sparse_attention(*, T, H, G, K, J, joint=False):
+    """The same of attention over chosen chunks of 64 keys."""
+    import jax
+
+    from pallas_kernels.chunk_sparse_attention import chunk_sparse_attention
+    from pallas_kernels.chunk_sparse_attention.shapes import Shape
+
+    arrays = Shape(H, G, K, J, chunk_size=64, T=T).arrays(B=1)
+    indices, cotangent = arrays.pop("indices"), arrays["q"]
+    if joint:
+        del arrays["weights"]
+
+    def function(arrays, indices, cotangent):
+        op = functools.partial(
+            chunk_sparse_attention, indices=indices, chunk_size=64, implementation="gpu")
+        out, vjp = jax.vjp(lambda arrays: op(**arrays), arrays)
+        return out, vjp(cotangent)
+
+    return function, (arrays, indices, cotangent)
+
+
+def chunk_topk(*, T, G, R, k, packed=False, noise=False):
+    """The choice of chunks of 64 tokens; its gradient has no kernel."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.chunk_topk import chunk_topk
+    from pallas_kernels.chunk_topk.shapes import Shape
+
+    def function(arrays, documents):
+        key = jax.random.key(0) if noise else None
+        return chunk_topk(**arrays, **documents, k=k, chunk_size=64, noise_key=key,
+                          implementation="gpu")
+
+    ids = lambda length: jax.ShapeDtypeStruct((1, length), jnp.int32)
+    documents = dict(segments=ids(T), chunk_segments=ids(T // 64)) if packed else {}
+    return function, (Shape(G, R, k, 64, T).arrays(B=1), documents)
+
+
+OPS = dict(linear_attention=linear_attention, gated_delta_rule=gated_delta_rule,
+           chunk_sparse_attention=chunk_sparse_attention, chunk_topk=chunk_topk)
 
 
 def measure(case: str) -> dict[str, dict]:

@@ -17,8 +17,8 @@ from pallas_kernels.arguments import check_arrays
 from pallas_kernels.dispatch import Dispatch
 from pallas_kernels.precision import exact_products
 
-_dispatch = Dispatch("chunk_sparse_attention", __name__, names=("reference", "xla", "tpu"),
-                     best={"tpu": ("tpu", "xla")})
+_dispatch = Dispatch("chunk_sparse_attention", __name__, names=("reference", "xla", "tpu", "gpu"),
+                     best={"tpu": ("tpu", "xla"), "gpu": ("gpu", "xla")})
 
 
 @exact_products

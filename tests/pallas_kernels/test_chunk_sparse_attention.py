@@ -77,8 +77,8 @@ def narrowed(arrays, dtype):
 
 
 @functools.cache
-def expected(name, dtype):
-    arrays, indices, do, options = make(name, **CASES[name])
+def expected(name, dtype, **change):
+    arrays, indices, do, options = make(name, **CASES[name] | change)
     with jax.enable_x64(True):
         wide = {key: np.asarray(x, np.float64) for key, x in narrowed(arrays, dtype).items()}
         got = run(wide, indices, np.asarray(jnp.asarray(do, dtype), np.float64), options,

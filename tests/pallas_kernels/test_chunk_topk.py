@@ -65,8 +65,8 @@ def run(arrays, weights, options, implementation, dtype):
 
 
 @functools.cache
-def expected(name, dtype="float32"):
-    arrays, weights, options = make(name, **CASES[name])
+def expected(name, dtype="float32", **change):
+    arrays, weights, options = make(name, **CASES[name] | change)
     arrays = [np.asarray(jnp.asarray(x, dtype), np.float64) for x in arrays]
     with jax.enable_x64(True):
         return {k: np.asarray(x) for k, x in
@@ -223,11 +223,11 @@ def test_of_equal_scores_the_later_chunks_win(implementation, small_tiles):
     check_ties(implementation)
 
 
-def check_ties(implementation):
+def check_ties(implementation, dtype=np.float32):
     """Among 40 chunks of three distinct scores; exact in any precision."""
     rng = np.random.default_rng(0)
-    q = np.ones((1, 40, 1, 1), np.float32)
-    landmarks = rng.integers(0, 3, (1, 40, 1, 1)).astype(np.float32)
+    q = np.ones((1, 40, 1, 1), dtype)
+    landmarks = rng.integers(0, 3, (1, 40, 1, 1)).astype(dtype)
     start = np.array([40 * C], np.int32)
     indices, _ = chunk_topk(q, landmarks, k=7, chunk_size=C, start=start,
                             implementation=implementation)
