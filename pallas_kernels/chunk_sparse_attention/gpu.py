@@ -42,7 +42,7 @@ BLOCKS = 528  # four on each of an H100's or H200's 132 SMs
 
 def chunk_sparse_attention(q, k, v, indices, weights, index, *, chunk_size, scale, off_by_one):
     hopper.refuse_target()
-    _refuse_arguments(q, k, v, chunk_size, scale)
+    _refuse_arguments(q, k, v, indices, chunk_size, scale)
     (B, T, H, K), G, V, indices = q.shape, k.shape[2], v.shape[-1], indices.astype(jnp.int32)
     last = chunk_size if index is None else index[..., None, None] + 1 - indices * chunk_size
     seen = jnp.where(indices < 0, 0, jnp.clip(last, 0, chunk_size))
@@ -56,7 +56,7 @@ def chunk_sparse_attention(q, k, v, indices, weights, index, *, chunk_size, scal
     return o[:, :, :, :H // G, :V].reshape(B, T, H, V)
 
 
-def _refuse_arguments(q, k, v, chunk_size, scale):
+def _refuse_arguments(q, k, v, indices, chunk_size, scale):
     if not q.dtype == k.dtype == v.dtype == jnp.bfloat16:
         raise NotImplementedError(f"needs bfloat16 (float32 products would be tf32, 1e-3), "
                                   f"got {q.dtype}, {k.dtype}, {v.dtype}")
@@ -68,6 +68,10 @@ def _refuse_arguments(q, k, v, chunk_size, scale):
     if q.shape[2] // k.shape[2] > C:
         raise NotImplementedError(f"needs up to {C} query heads for each of keys, "
                                   f"got {q.shape[2]} for {k.shape[2]}")
+    columns = q.shape[1] * indices.shape[-1] * _columns(q.shape[2] // k.shape[2])
+    if columns >= 2**31:
+        raise NotImplementedError(f"counts pairs of queries, slots and heads in 32 bits, "
+                                  f"got {columns} in a row")
     if isinstance(scale, jax.core.Tracer):
         raise NotImplementedError("needs a scale known at compile time")
     if k.shape[1] == 0:
