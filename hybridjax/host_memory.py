@@ -12,6 +12,7 @@ from jax.experimental import compute_on
 from jaxtyping import Array, Int, Shaped
 
 HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
+KIND = "pinned_host"  # as a sharding names it
 _compute_on = getattr(compute_on, "compute_on2", compute_on.compute_on)  # its name before JAX 0.12
 
 
