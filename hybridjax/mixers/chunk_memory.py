@@ -9,7 +9,15 @@ from jaxtyping import Array, Float, Int
 
 from hybridjax import host_memory
 from hybridjax.mixers.base import Context, new_length, place_state, state, state_field
-from hybridjax.mixers.host_chunks import CHUNKS, RECENT, RECENT_CHUNKS, HostChunks
+from hybridjax.mixers.host_chunks import (
+    CHUNKS,
+    ON_HOST,
+    RECENT,
+    RECENT_CHUNKS,
+    HostChunks,
+    for_host,
+    host_shape,
+)
 from hybridjax.sharding import context_axis, over_mesh, place
 
 _LANDMARKS = ("batch", "length", "heads", None)
@@ -42,7 +50,8 @@ class ChunkState:
     chunks split over context.
 
     With the chunks on the host the device has `B (C D + N G R + M C G (K + V))`: the last M of them
-    are there too, chunk n in slot n % M, on every device. Else M is 0.
+    are there too, chunk n in slot n % M, on every device. Else M is 0. On the host keys and values
+    are as in `HostChunks`.
     """
 
     pending: Float[Array, "B C D"] = state_field(*_PENDING)  # the unfinished chunk, then zeros
@@ -65,11 +74,12 @@ class ChunkState:
 
     def with_chunks_on_host(self) -> "ChunkState":
         """This state, before the first token, with the chunks in the host's memory."""
-        batch, count, *chunk = self.keys.shape
-        recent = jnp.zeros((batch, min(count, RECENT), *chunk), self.keys.dtype)
+        (batch, count, *chunk), dtype = self.keys.shape, self.keys.dtype
+        recent = jnp.zeros((batch, min(count, RECENT), *chunk), dtype)
         state = dataclasses.replace(self, recent_keys=recent, recent_values=recent)
-        keys, values = map(host_memory.to_host, (self.keys, self.values))
-        return dataclasses.replace(place_state(state), keys=keys, values=values)
+        blank = place(jnp.zeros(host_shape(batch, count, *chunk), dtype), *ON_HOST)
+        blank = host_memory.to_host(blank)
+        return dataclasses.replace(place_state(state), keys=blank, values=blank)
 
     def append(self, x: Float[Array, "B T D"], ctx: Context, encode: Encode) -> "ChunkState":
         """Takes the real tokens of x in, and encodes the chunks that they complete."""
@@ -107,7 +117,7 @@ class ChunkState:
 
     def memory(self, start: Int[Array, " B"]) -> ChunkMemory:
         """What queries from token `start` on read."""
-        count, size = self.keys.shape[1:3]
+        count, size = self.landmarks.shape[1], self.pending.shape[1]
         flat = lambda x: x.reshape(x.shape[0], count * size, *x.shape[3:])
         whole = self.length // size
         segments = (jnp.arange(count) < whole[:, None]).astype(jnp.int32)
@@ -144,17 +154,18 @@ def _whole(axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
 
 def _write(cache: Array, new: Array, index: Int[Array, "B M"], axes: tuple) -> Array:
     """The cache with the new chunks in their slots, those out of range left out."""
-    axis = context_axis(cache.shape[1]) if axes[1] else None
+    axis, on_host = context_axis(cache.shape[1]) if axes[1] else None, host_memory.is_on_host(cache)
 
     def write(cache, new, index):
         slots = cache.shape[1]
         if axis is not None:  # each device writes what falls into its part
             index -= slots * jax.lax.axis_index(axis)
             index = jnp.where(index < 0, slots, index)  # negative ones would count from behind
-        if host_memory.is_on_host(cache):
-            return host_memory.write(cache, new, index)
+        if on_host:
+            return host_memory.write(cache, for_host(new), index)
         rows = jnp.arange(cache.shape[0])[:, None]
         return cache.at[rows, index].set(new.astype(cache.dtype), mode="drop")
 
-    write = over_mesh(write, (axes, _whole(axes), ("batch", None)), (axes, cache.shape))
+    lies = ON_HOST if on_host else axes
+    write = over_mesh(write, (lies, _whole(axes), ("batch", None)), (lies, cache.shape))
     return write(cache, new, index)

@@ -18,20 +18,21 @@ from hybridjax import host_memory
 from hybridjax.sharding import context_axis, over_mesh, ways
 
 RECENT = 64  # chunks that the device keeps too
-_FETCHED = 64  # chunks at a time
+_LANES = 128  # of a TPU's tile
 CHUNKS = ("batch", "length", None, "heads", None)
+ON_HOST = ("batch", "length", "heads", None, None)
 RECENT_CHUNKS = ("batch", None, None, "heads", None)
-Pair = tuple[Array, Array]  # keys and values
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class HostChunks:
     """N chunks on the host, of which `count` are whole; of these the last M are in slot n % M on
-    the device. Over the context axis each host has its part of them."""
+    the device. Over the context axis each host has its part of them. There C tokens of K numbers
+    are X rows of L, so that a TPU keeps each chunk in one piece."""
 
-    keys: Float[Array, "B N C G K"]
-    values: Float[Array, "B N C G V"]
+    keys: Float[Array, "B N G X L"]
+    values: Float[Array, "B N G X L"]
     recent_keys: Float[Array, "B M C G K"]
     recent_values: Float[Array, "B M C G V"]
     count: Int[Array, " B"]
@@ -43,17 +44,17 @@ class HostChunks:
 
         A device fetches those of its part, and U counts what all have room for.
         """
-        B, N, C = self.keys.shape[:3]
+        (B, N), C = self.keys.shape[:2], self.recent_keys.shape[2]
         axis, parts = context_axis(N), ways("length", N)
         U = min(N // parts, math.prod(indices.shape[1:]))
         flat = lambda x: ((*CHUNKS[:2], *CHUNKS[3:]), (B, parts * U * C, *x.shape[3:]))
+        recent = self.recent_keys, self.recent_values
         slots = ("batch", None, None, None)
         fetch = over_mesh(
             functools.partial(_fetch, U, axis),
-            (CHUNKS, CHUNKS, RECENT_CHUNKS, RECENT_CHUNKS, ("batch",), slots),
-            (flat(self.keys), flat(self.values), (slots, indices.shape)),
+            (ON_HOST, ON_HOST, RECENT_CHUNKS, RECENT_CHUNKS, ("batch",), slots),
+            (*map(flat, recent), (slots, indices.shape)),
         )
-        recent = self.recent_keys, self.recent_values
         return fetch(self.keys, self.values, *recent, self.count, indices)
 
 
@@ -67,32 +68,32 @@ def _fetch(U: int, axis: str | None, keys, values, recent_keys, recent_values, c
     ids = jnp.where(ids >= jnp.maximum(count[:, None] - M, 0) - device * N, N + ids, ids)
     unique = functools.partial(jnp.unique, size=U, fill_value=none, return_inverse=True)
     ids, slots = jax.vmap(unique)(jnp.where(mine.reshape(ids.shape), ids, none))
-    from_host = _from_host((keys, values), ids, jnp.max(jnp.sum(ids < N, axis=1)))
+    wanted = jnp.max(jnp.sum(ids < N, axis=1))
     rows, recent = np.arange(ids.shape[0])[:, None], (device * N + ids % N) % M
 
-    def joined(fetched, kept):
+    def joined(on_host, kept):
+        fetched = from_host(host_memory.take(on_host, ids, wanted), *kept.shape[2:])
         chosen = jnp.where((ids >= N)[..., None, None, None], kept[rows, recent], fetched)
         return chosen.reshape(ids.shape[0], -1, *chosen.shape[3:])
 
-    fetched = map(joined, from_host, (recent_keys, recent_values))
+    fetched = map(joined, (keys, values), (recent_keys, recent_values))
     slots = jnp.where(mine, device * U + slots.reshape(indices.shape), 0)
     slots = slots if axis is None else jax.lax.psum(slots, axis)
     return *fetched, jnp.where(indices < 0, -1, slots)
 
 
-def _from_host(chunks: Pair, ids: Int[Array, "B U"], wanted: Int[Array, ""]) -> Pair:
-    """The first `wanted` chunks of each row, some at a time; those behind may be anything."""
-    (B, U), N = ids.shape, chunks[0].shape[1]
-    step = min(U, _FETCHED)
-    ids = jnp.pad(jnp.minimum(ids, N - 1), ((0, 0), (0, -U % step)))
+def for_host(chunks: Float[Array, "B N C G K"]) -> Float[Array, "B N G X L"]:
+    """Chunks as they lie in the host's memory."""
+    B, N, C, G, K = chunks.shape
+    return jnp.moveaxis(chunks, 3, 2).reshape(*host_shape(B, N, C, G, K))
 
-    def some(i, fetched):
-        at = jax.lax.dynamic_slice_in_dim(ids, i * step, step, axis=1)
-        put = lambda to, x: jax.lax.dynamic_update_slice_in_dim(
-            to, host_memory.take(x, at), i * step, axis=1
-        )
-        return tuple(map(put, fetched, chunks))
 
-    blank = tuple(jnp.zeros((B, ids.shape[1], *x.shape[2:]), x.dtype) for x in chunks)
-    fetched = jax.lax.fori_loop(0, -(-wanted // step), some, blank)
-    return tuple(x[:, :U] for x in fetched)
+def from_host(
+    chunks: Float[Array, "B N G X L"], C: int, G: int, K: int
+) -> Float[Array, "B N C G K"]:
+    return jnp.moveaxis(chunks.reshape(*chunks.shape[:2], G, C, K), 2, 3)
+
+
+def host_shape(B: int, N: int, C: int, G: int, K: int) -> tuple[int, ...]:
+    lanes = math.gcd(C * K, _LANES)
+    return B, N, G, C * K // lanes, lanes
