@@ -57,8 +57,8 @@ def table(cells: dict[str, dict]) -> str:
         "# HSA's 345M, compiled ahead of time",
         "",
         f"By `python -m benchmarks.hsa_aot`, for {TOPOLOGY}, with the real compiler and no device. "
-        "MiB per chip; bounds are from data sheets, without transfers between host and chip: nothing "
-        "here was run.",
+        "MiB per chip; bounds are from data sheets, without transfers between host and chip: "
+        "nothing here was run.",
         "",
         f"| | {' | '.join(done)} |",
         "|---" * (len(done) + 1) + "|",
