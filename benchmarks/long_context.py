@@ -1,12 +1,12 @@
 """Seconds and memory against context length: hybrids beside a Transformer of the same size.
 
     python -m benchmarks.long_context
-    python -m benchmarks.long_context --models hypenet:tiny hypenet:tiny-transformer
+    python -m benchmarks.long_context --models hsa:tiny hsa:tiny,rope
 
 Weights are random: neither time nor memory depends on them. For each length: reading a prompt in
-pieces, writing a token after it, and the bytes of the state. The slope is that of a straight line
-through the logarithms of the last half of the lengths: 1 is linear. Longer ones are left
-out once reading took longer than `--limit`.
+pieces, writing a token after it, the bytes of the state, and those of them that the token reads.
+The slope is that of a straight line through the logarithms of the last half of the lengths: 1 is
+linear. Longer ones are left out once reading took longer than `--limit`.
 """
 
 import argparse
@@ -27,12 +27,16 @@ from matplotlib import pyplot as plt  # noqa: E402
 from benchmarks.record import machine, save  # noqa: E402
 from hybridjax import generate  # noqa: E402
 from hybridjax.config import Config, typed  # noqa: E402
-from hybridjax.models.decoder import Decoder  # noqa: E402
+from hybridjax.mixers.chunk_memory import ChunkState  # noqa: E402
+from hybridjax.mixers.hsa import HSA  # noqa: E402
+from hybridjax.mixers.retrieval import Retrieval  # noqa: E402
+from hybridjax.models.decoder import Decoder, DecoderState  # noqa: E402
 
 QUANTITIES = {
     "prefill_seconds": "reading, s",
     "decode_seconds": "one token, s",
     "state_bytes": "state, bytes",
+    "read_bytes": "of it read for a token, bytes",
 }
 
 
@@ -42,12 +46,13 @@ class Point:
     prefill_seconds: float
     decode_seconds: float
     state_bytes: int
+    read_bytes: int
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--models", nargs="+", default=["hypenet:tiny", "hypenet:tiny-transformer"],
+        "--models", nargs="+", default=["hsa:tiny", "hypenet:tiny", "hypenet:tiny-transformer"],
         help="FILE:PRESET of configs/, with overrides",
     )  # fmt: skip
     add_lengths(parser, first=1024)
@@ -81,7 +86,7 @@ def compare(configs: dict[str, Config], lengths: list[int], limit: float) -> dic
     results = {}
     for name, config in configs.items():
         print(f"{name}: {config.model.layers}")
-        print(f"{'length':>9} {'reading s':>10} {'token ms':>9} {'state MB':>9}")
+        print(f"{'length':>9} {'reading s':>10} {'token ms':>9} {'state MB':>9} {'read MB':>9}")
         points = list(measure(config, lengths, limit))
         slopes = {quantity: slope(points, quantity) for quantity in QUANTITIES}
         print("    slope " + "".join(f"{slopes[quantity]:10.2f}" for quantity in QUANTITIES))
@@ -111,21 +116,38 @@ def measure(config: Config, lengths: list[int], limit: float):
         state, start = new(), time.perf_counter()
         prefix = jax.block_until_ready(generate.prefill(model, [prompt[:length]], state))
         read = time.perf_counter() - start
-        size = generate.state_bytes(prefix[0])
+        size, read_size = generate.state_bytes(prefix[0]), read_bytes(model, prefix[0])
         stream, steps = generate.decode(model, prefix, jax.random.key(0), greedy), []
         for _ in range(12):
             start = time.perf_counter()
             next(stream)
             steps.append(time.perf_counter() - start)
-        point = Point(length, read, float(np.median(steps[2:])), size)
+        point = Point(length, read, float(np.median(steps[2:])), size, read_size)
         print(
             f"{length:9} {point.prefill_seconds:10.3f} {1e3 * point.decode_seconds:9.2f} "
-            f"{point.state_bytes / 1e6:9.2f}",
+            f"{point.state_bytes / 1e6:9.2f} {point.read_bytes / 1e6:9.2f}",
             flush=True,
         )
         yield point
         if point.prefill_seconds > limit:
             return
+
+
+def read_bytes(model: Decoder, state: DecoderState) -> int:
+    """Bytes of a state that one more token reads: of a memory of chunks the landmarks, for each
+    search, and the chosen chunks, for each layer that reads them; of all else everything."""
+    stack = zip(model.plan, model.groups, strict=True)
+    mixers = [m for g, blocks in stack for b in blocks for m in [*b.mixers] * g.repeats]
+    searches = [m for m in mixers if isinstance(m, Retrieval)]
+    total = 0
+    for part in jax.tree.leaves(state.layers, is_leaf=lambda x: isinstance(x, ChunkState)):
+        if not isinstance(part, ChunkState):
+            total += part.nbytes
+            continue
+        chunk = (part.keys.nbytes + part.values.nbytes) // part.keys.shape[1]
+        readers = sum(isinstance(m, HSA) for m in mixers)
+        total += len(searches) * part.landmarks.nbytes + readers * searches[0].top_k * chunk
+    return total
 
 
 def slope(points: list[Point], name: str) -> float:
@@ -136,7 +158,8 @@ def slope(points: list[Point], name: str) -> float:
 
 
 def draw(results: dict, path: pathlib.Path) -> None:
-    figure, axes = plt.subplots(1, 3, figsize=(10, 3.2), layout="constrained")
+    shape = dict(ncols=len(QUANTITIES), figsize=(13, 3.2))
+    figure, axes = plt.subplots(**shape, layout="constrained")
     for ax, (name, label) in zip(axes, QUANTITIES.items(), strict=True):
         for preset, result in results.items():
             x = [point["length"] for point in result["points"]]

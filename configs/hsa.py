@@ -33,7 +33,7 @@ import jax
 from ml_collections import ConfigDict
 
 from configs import hypenet
-from hybridjax.config import build, choose
+from hybridjax.config import UserError, build, choose
 from hybridjax.data.sources import source
 from hybridjax.mixers import MIXERS
 from hybridjax.models import block, mixer, mlp
@@ -209,7 +209,19 @@ PRESETS = {
 def _parts(config: ConfigDict, type: str) -> list[ConfigDict]:
     """The specs of one type of mixer in the legend."""
     blocks = config.model.blocks.values()
-    return [m for b in blocks for m in b.mixers if m.type == type]
+    found = [m for b in blocks for m in b.mixers if m.type == type]
+    return found or _absent(config, f"no {type}")
+
+
+def _block(config: ConfigDict, letter: str) -> ConfigDict:
+    return config.model.blocks.get(letter) or _absent(config, f"no block {letter!r}")
+
+
+def _absent(config: ConfigDict, what: str):
+    raise UserError(
+        f"{config.name}: a variant before has left {what} in the stack {config.model.layers!r}, "
+        "which a later one needs; leave one of them out (tasks can come first)"
+    )
 
 
 def _set(type: str, **options):
@@ -222,8 +234,9 @@ def _set(type: str, **options):
 
 def _swa_only(config: ConfigDict) -> None:
     """As many layers, none of which reads further than its window."""
+    local = _block(config, "S")
     config.model.layers = "".join("S" for letter in config.model.layers if letter != "E")
-    config.model.blocks = dict(S=config.model.blocks.S)
+    config.model.blocks = dict(S=local)
 
 
 def _no_encoder(config: ConfigDict) -> None:
@@ -232,7 +245,7 @@ def _no_encoder(config: ConfigDict) -> None:
 
 def _no_bypass(config: ConfigDict) -> None:
     for letter in "Hh":
-        config.model.blocks[letter].residual = "standard"
+        _block(config, letter).residual = "standard"
 
 
 def _dense_topk(config: ConfigDict) -> None:
@@ -246,7 +259,7 @@ def _once_per_chunk(config: ConfigDict) -> None:
 
 
 def _mask_window(config: ConfigDict) -> None:
-    _set("retrieval", window=config.model.blocks.S.mixers[0].window)(config)
+    _set("retrieval", window=_block(config, "S").mixers[0].window)(config)
 
 
 # ---------------------------------------------------------------- baselines of the same size
@@ -259,7 +272,7 @@ def _baseline(type: str, **changes):
     """
 
     def change(config: ConfigDict) -> None:
-        local = config.model.blocks.S.mixers[0]
+        local = _block(config, "S").mixers[0]
         heads = dict(heads=local.heads, head_dim=local.head_dim, kv_heads=local.kv_heads)
         given = {name: x(config) if callable(x) else x for name, x in changes.items()}
         options = {name: x for name, x in (heads | given).items() if x is not None}

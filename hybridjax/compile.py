@@ -5,10 +5,10 @@
 
 The compiler is the real one (libtpu, the `tpu` extra), so what fits here fits there; times are
 bounds from data sheets, not measurements. `--program=prefill|decode` compiles a piece of reading or
-one step of writing with a state of `--context` tokens; `--program=align|distill|finetune` an update
-of a stage of a conversion (`--config=configs/halo.py:8b`). `--bill` only lists what each letter of
-the stack costs, in seconds and without libtpu. `--sweep` looks for the best mesh. Exit code 1: it
-does not fit.
+one step of writing with a state of `--context` tokens (`--chunks=host`: with keys and values of a
+memory of chunks in the hosts' memory); `--program=align|distill|finetune` an update of a stage of a
+conversion (`--config=configs/halo.py:8b`). `--bill` only lists what each letter of the stack costs,
+in seconds and without libtpu. `--sweep` looks for the best mesh. Exit code 1: it does not fit.
 """
 
 import json
@@ -74,7 +74,7 @@ def _configs(program: str) -> tuple[Config, HaloConfig | None]:
 def _job(given, config: Config) -> Job:
     if given.program in ("prefill", "decode") and given.context is None:
         raise UserError(f"--program={given.program} needs --context=LENGTH: tokens of the state")
-    return Job(given.program, given.context or 0, given.rows)
+    return Job(given.program, given.context or 0, given.rows, given.chunks)
 
 
 def _sizes(config: Config) -> dict[str, int]:
@@ -103,6 +103,9 @@ if __name__ == "__main__":
     flags.DEFINE_enum("program", "train", (*program.NAMES, *conversion.STAGES), "what to compile")
     flags.DEFINE_integer("context", None, "tokens of the decoding state", lower_bound=1)
     flags.DEFINE_integer("rows", 1, "rows that are decoded together", lower_bound=1)
+    flags.DEFINE_enum(
+        "chunks", "device", ("device", "host"), "where a memory of chunks keeps keys and values"
+    )
     flags.DEFINE_bool("bill", False, "only list what each letter costs, at --context or seq_len")
     flags.DEFINE_bool("sweep", False, "look for the best mesh instead of taking config.mesh")
     flags.DEFINE_integer("sweep_limit", 4, "meshes that a sweep compiles", lower_bound=1)

@@ -599,3 +599,18 @@ def test_a_stage_of_a_conversion_on_simulated_devices(stage, tmp_path):
     everything = stage == "distill"  # alignment trains the mixers alone
     assert (parts["parameters"] > parts["teacher"]) == everything
     assert result["flops"] >= result["useful"] > 0
+
+
+@pytest.mark.slow
+def test_keys_and_values_on_the_host_take_nothing_of_a_device(tmp_path):
+    out = tmp_path / "decode.json"
+    done = compile_(
+        "--config=configs/hsa.py:tiny,model.layers=EH", "--program=decode", "--context=65536",
+        "--chunks=host", "--topology=cpu:4", "--config.mesh.data=1", "--config.mesh.context=4",
+        f"--json={out}",
+    )  # fmt: skip
+    assert done.code == 0 and "not in the total" in done.out, done
+    result = json.loads(out.read_text())
+    assert result["parts"]["state on the host"] == 2 * 65536 * 32 * 2 // 4  # float16, one head
+    assert result["parts"]["state"] < result["parts"]["state on the host"] / 4
+    assert sum(c["sent"] for c in result["collectives"]) < 16 * 1024

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from hybridjax.config import Config, typed
+from hybridjax.config import Config, UserError, typed
 from hybridjax.data.pipeline import make_loader
 from hybridjax.data.tokenizer import load_tokenizer
 from hybridjax.evaluate import task_of
@@ -129,6 +129,26 @@ def test_variants_of_hsa_add_up():
     choose = blocks["H"].mixers[1]
     assert (choose["top_k"], choose["every"]) == (4096 // 64, 64)
     assert parameters(config) < parameters(load("hsa", "mini"))
+
+
+UNFIT = {
+    "an ablation of a baseline": ("mini,nsa,no_bypass", "no block 'H' in the stack 'AAAAAAAA'"),
+    "an option of a baseline": ("tiny,rope,mean_pool", "no chunk_encoder in the stack 'AAA'"),
+    "its chunks": ("tiny,mamba2,dense_topk", "no chunk_encoder in the stack 'AAA'"),
+    "tasks too late": ("tiny,nsa,tasks", "no chunk_encoder in the stack 'AAA'"),
+    "two baselines": ("tiny,nsa,moba", "no block 'S' in the stack 'AAA'"),
+    "no chunks": ("tiny,swa_only,noise", "no retrieval in the stack 'SSS'"),
+}
+
+
+@pytest.mark.parametrize(("arg", "fault"), UNFIT.values(), ids=UNFIT)
+def test_variants_of_hsa_that_do_not_fit_are_refused_in_one_line(arg, fault):
+    with pytest.raises(UserError) as error:
+        load("hsa", arg)
+    name = arg.replace(",", "-")
+    assert str(error.value).startswith(f"hsa-{name}: a variant before has left {fault}, which")
+    assert str(error.value).endswith("leave one of them out (tasks can come first)")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("arg", ["tiny,tasks", "mini,tasks", "principles,mean_pool,dense_topk"])

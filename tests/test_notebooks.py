@@ -18,6 +18,13 @@ HALO = """
 CONFIG = "tests/halo/micro_halo.py:micro"
 RUN = {runs!r}
 """
+HSA = """
+CONFIG = "configs/hsa.py:tiny,seq_len=64,batch_size=2,model.width=32,evaluation.examples=10"
+STEPS = 2
+WALK = (1, 40)
+EXAMPLES = 5
+RUN = {runs!r}
+"""
 
 
 def notebook(name):
@@ -74,3 +81,13 @@ def test_halo(tmp_path, execute):
         assert line in text, text
     assert "memory of a text of a million bytes: 128 MiB" in text  # 4 * 2^20 * 2 * 8 * 2 layers
     assert (tmp_path / "halo.json").exists()
+
+
+@pytest.mark.slow
+def test_hsa(tmp_path, execute):
+    pictures, text = execute("hsa.ipynb", HSA)
+    assert len(pictures) == 4
+    for line in ("   2,560 bytes: ", "needle      256 layer 0: recall @1", "asked: '?", "score"):
+        assert line in text, text
+    assert text.count("chunk ") >= 4  # what is read for one question
+    assert (tmp_path / "retrieval.json").exists()

@@ -13,7 +13,7 @@ from hybridjax.aot.collectives import Collective, by_axes, collectives
 from hybridjax.aot.flops import count
 from hybridjax.aot.hlo import parse
 from hybridjax.aot.memory import Change, Memory, changes, largest_values, of_compiled, shortage
-from hybridjax.aot.program import Program, trace
+from hybridjax.aot.program import ON_HOST, Program, trace
 from hybridjax.aot.topology import Target
 from hybridjax.config import Config, MeshConfig, ModelConfig
 from hybridjax.halo.config import HaloConfig
@@ -26,12 +26,13 @@ _BACKWARD = 3.5
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What to compile: the train step, reading or writing with a state of `context` tokens, or an
-    update of a stage of a conversion."""
+    """What to compile: the train step, reading or writing with a state of `context` tokens, whose
+    memory of chunks is on the device or on the host, or an update of a stage of a conversion."""
 
     program: str = "train"
     context: int = 0
     rows: int = 1
+    chunks: str = "device"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,11 @@ class Result:
     largest: tuple[str, ...] = ()
     changes: tuple[Change, ...] = ()
 
+    @property
+    def on_device(self) -> int:
+        """Bytes of the parts that are in the device's memory."""
+        return sum(size for name, size in self.parts.items() if name != ON_HOST)
+
     def json(self) -> dict[str, Any]:
         values = dataclasses.asdict(self)
         if self.bound is not None:
@@ -94,7 +100,10 @@ def measure(
     devices = target.mesh(mesh or config.mesh)
     start = time.perf_counter()
     if halo is None:
-        program = trace(config, devices, job.program, rows=job.rows, context=job.context)
+        program = trace(
+            config, devices, job.program, rows=job.rows, context=job.context,
+            chunks_on_host=job.chunks == "host",
+        )  # fmt: skip
     else:
         program = conversion.trace(halo, devices, job.program)
     lowered = program.traced.lower()
@@ -132,7 +141,7 @@ def measure(
     if job.program == "align":  # of the mixers nothing is made twice
         result = dataclasses.replace(result, useful=result.flops)
     if failure is not None:
-        needed = max(failure.needed, sum(result.parts.values()))
+        needed = max(failure.needed, result.on_device)
         return dataclasses.replace(
             result,
             needed=needed,

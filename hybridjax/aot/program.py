@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hybridjax import generate
+from hybridjax import generate, host_memory
 from hybridjax.config import Config, UserError
 from hybridjax.optimizer import make_optimizer
 from hybridjax.sharding import current_spec, ways
@@ -17,6 +17,7 @@ from hybridjax.train import make_train_step, new_model, new_state
 
 _BATCH = ("tokens", "targets", "loss_weights", "segments", "positions", "answers")
 NAMES = ("train", "prefill", "decode")
+ON_HOST = "state on the host"  # the part that takes nothing of a device's memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,17 +40,21 @@ class Program:
         return {name: sum(map(local_bytes, jax.tree.leaves(t))) for name, t in self.parts.items()}
 
 
-def trace(config: Config, mesh, name: str, *, rows: int = 1, context: int = 0) -> Program:
+def trace(
+    config: Config, mesh, name: str, *, rows: int = 1, context: int = 0,
+    chunks_on_host: bool = False,
+) -> Program:  # fmt: skip
     """The train step of a config, or a piece of reading or one step of writing with `rows` rows.
 
-    `context`: the tokens that the decoding state has room for.
+    `context`: the tokens that the decoding state has room for. `chunks_on_host`: where it keeps
+    keys and values of a memory of chunks.
     """
     with jax.set_mesh(mesh):
         if name == "train":
             return train_program(config, mesh)
         model = placed(jax.eval_shape(lambda: new_model(config)), mesh)
-        state = jax.eval_shape(lambda m: m.init_state(rows, context), model)
-        state = placed(state, mesh)
+        new = jax.jit(lambda m: m.init_state(rows, context, chunks_on_host))
+        state = placed(new.lower(model).out_info, mesh)  # unlike eval_shape it knows the host
         if name == "prefill":
             return _prefill(model, state, mesh, rows, min(generate.PIECE, context))
         return _decode(model, state, mesh, rows)
@@ -85,7 +90,7 @@ def batch_of(config: Config, mesh) -> dict[str, jax.ShapeDtypeStruct]:
 def _prefill(model, state, mesh, rows: int, piece: int) -> Program:
     tokens = _anywhere((rows, piece), jnp.int32, mesh)
     traced = generate.read_piece.trace(model, tokens, tokens, state, None)
-    parts = {"parameters": model, "state": state}
+    parts = {"parameters": model, **_by_memory(state)}
     return Program("prefill", traced, parts, rows * piece, len(model.layers))
 
 
@@ -98,8 +103,15 @@ def _decode(model, state, mesh, rows: int) -> Program:
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(mesh, P()))
     greedy = lambda logits, key: jnp.argmax(logits, axis=-1)
     traced = generate.write_token.trace(model, state, logits, key, None, greedy)
-    parts = {"parameters": model, "state": state, "logits": logits}
+    parts = {"parameters": model, **_by_memory(state), "logits": logits}
     return Program("decode", traced, parts, rows, len(model.layers))
+
+
+def _by_memory(state) -> dict[str, list[jax.ShapeDtypeStruct]]:
+    leaves = jax.tree.leaves(state)
+    on_host = [x for x in leaves if host_memory.is_on_host(x)]
+    device = [x for x in leaves if not host_memory.is_on_host(x)]
+    return {"state": device, ON_HOST: on_host} if on_host else {"state": device}
 
 
 def bodies(model) -> int:
@@ -113,7 +125,9 @@ def placed(tree: Any, mesh) -> Any:
 
     def place(x):
         spec = P() if x.sharding is None else x.sharding.spec
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+        kind = host_memory.KIND if host_memory.is_on_host(x) else None
+        sharding = NamedSharding(mesh, spec, memory_kind=kind)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     return jax.tree.map(place, tree)
 

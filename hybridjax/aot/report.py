@@ -6,6 +6,7 @@ from hybridjax.aot.bill import Bill
 from hybridjax.aot.bound import ASSUMPTIONS
 from hybridjax.aot.hardware import GiB
 from hybridjax.aot.measure import Result
+from hybridjax.aot.program import ON_HOST
 from hybridjax.aot.topology import Target
 from hybridjax.config import Config
 
@@ -40,7 +41,8 @@ def _memory(result: Result, per_chip: int) -> Iterator[str]:
     yield "bytes per chip" + (f" ({per_chip} devices)" if per_chip > 1 else "")
     row = lambda name, size, note="": f"  {name:22}{_gib(size * per_chip):>12}{note}"
     for name, size in result.parts.items():
-        yield row(name, size, "  by arithmetic from the shardings")
+        beside = ", not in the total" if name == ON_HOST else ""
+        yield row(name, size, f"  by arithmetic from the shardings{beside}")
     if (memory := result.memory) is not None:
         yield row("arguments", memory.arguments, "  as laid out, the above padded to tiles")
         yield row("outputs", memory.outputs, "  besides those in place of arguments")
@@ -79,7 +81,7 @@ def _bound(result: Result, target: Target) -> Iterator[str]:
             f"{limits.mfu_serial:.1%} if no collective does"
         )
     else:
-        least = sum(result.parts.values()) * target.devices_per_chip / target.chip.hbm_bandwidth
+        least = result.on_device * target.devices_per_chip / target.chip.hbm_bandwidth
         yield f"weights and state read once from HBM would take {1e3 * least:.3g} ms"
     rate = result.tokens / limits.seconds
     yield f"at most {rate:,.0f} tokens/s in all, {rate / result.chips:,.0f} per chip"

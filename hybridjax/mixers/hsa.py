@@ -19,7 +19,7 @@ from hybridjax.layers.norm import RMSNorm
 from hybridjax.mixers.base import Context, Mixer, new_length, place_state, state, state_field
 from hybridjax.mixers.chunk_memory import ChunkMemory
 from hybridjax.mixers.retrieval import Selection
-from hybridjax.sharding import over_mesh, ways
+from hybridjax.sharding import context_axis, over_mesh, ways
 from pallas_kernels.chunk_sparse_attention import chunk_sparse_attention
 
 
@@ -68,8 +68,8 @@ class HSA(Mixer):
         """`rows`: the logical axis of x's tokens."""
         memory: ChunkMemory = ctx.shared["memory"]
         selection: Selection = ctx.shared["selection"]
-        chunks = memory if selection.keys is None else selection
-        keys, values = chunks.keys, chunks.values
+        source = memory if selection.keys is None else selection
+        keys, values = source.keys, source.values
         kv_heads, head_dim = keys.shape[2:]
         groups = selection.indices.shape[2]
         if self.heads % kv_heads or kv_heads % groups or head_dim != self.head_dim:
@@ -80,19 +80,20 @@ class HSA(Mixer):
             )
         q = split_heads(self.query(x), self.head_dim)
         q = q if self.query_norm is None else self.query_norm(q)
+        split = None if rows else context_axis(keys.shape[1] // memory.chunk_size)
 
         def attend(q, k, v, *selection):
             indices, weights = (_shared(y, k.shape[2]) for y in selection)
             return chunk_sparse_attention(
                 q, k, v, indices, weights, chunk_size=memory.chunk_size,
-                off_by_one=self.off_by_one,
+                off_by_one=self.off_by_one, context_axis=split, exchange=split and "merge",
             )  # fmt: skip
 
         divides = kv_heads % ways("heads") == 0 and groups in (1, kv_heads)
         heads = "heads" if divides else None
-        queries, whole = ("batch", rows, heads, None), ("batch", None, heads, None)
+        queries, chunks = ("batch", rows, heads, None), ("batch", split and "length", heads, None)
         chosen = ("batch", rows, heads if groups == kv_heads else None, None)
-        in_axes = (queries, whole, whole, chosen, chosen)
+        in_axes = (queries, chunks, chunks, chosen, chosen)
         attend = over_mesh(attend, in_axes, (queries, q.shape))
         o = attend(q, keys, values, selection.indices, selection.weights)
         return self.output(o.astype(x.dtype).reshape(*x.shape[:2], -1))

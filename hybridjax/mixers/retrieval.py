@@ -128,6 +128,7 @@ class Retrieval(Mixer):
         q = split_heads(self.query(x), self.landmark_dim)
         q = q if self.norm is None else self.norm(q)
         axis = context_axis(q.shape[1]) if rows else None
+        split = None if rows else context_axis(memory.landmarks.shape[1])
 
         def choose(q, landmarks, segments, chunk_segments, start, key):
             if axis is not None:
@@ -135,11 +136,12 @@ class Retrieval(Mixer):
             return chunk_topk(
                 q, landmarks, k=self.top_k, chunk_size=memory.chunk_size, segments=segments,
                 chunk_segments=chunk_segments, start=start, window=self.window, noise_key=key,
+                context_axis=split, exchange=split and "merge",
             )  # fmt: skip
 
         heads = ("batch", rows, "heads" if self.groups % ways("heads") == 0 else None, None)
         out = (heads, (*q.shape[:3], self.top_k))
-        chunks, batch = ("batch", None), ("batch",)
+        chunks, batch = ("batch", split and "length"), ("batch",)
         in_axes = (heads, (*chunks, *heads[2:]), ("batch", rows), chunks, batch, ())
         key = ctx.key if self.noise else None
         return over_mesh(choose, in_axes, (out, out))(

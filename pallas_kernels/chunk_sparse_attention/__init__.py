@@ -6,6 +6,7 @@ outputs summed with weights. Without weights, the selected branch of NSA (Yuan e
 https://arxiv.org/abs/2502.11089): one softmax over the tokens of all chosen chunks.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -14,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.arguments import check_arrays
+from pallas_kernels.chunk_sparse_attention import context
 from pallas_kernels.dispatch import Dispatch
 from pallas_kernels.precision import exact_products
 
@@ -34,6 +36,7 @@ def chunk_sparse_attention(
     scale: float | None = None,
     off_by_one: bool = False,
     context_axis: str | None = None,
+    exchange: str | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> Float[Array, "B T H V"]:
     """`o_t = sum_j w_tj softmax(scale q_t K_j^T) V_j`, of the chunks j in the query's J slots.
@@ -53,6 +56,9 @@ def chunk_sparse_attention(
       context_axis: inside shard_map, the mesh axis along which rows are split: queries, keys and
         values are those of this device's contiguous part; indices count chunks from the row's
         start.
+      exchange: None gathers all keys and values. "merge" is for few queries, whole on every device,
+        as indices and weights are: each reads what it holds of the chosen chunks, and the outputs
+        are summed. Bytes and reasons are in context.py.
       implementation: None (best for the target platform), a name, or names to try in order.
 
     Returns:
@@ -60,14 +66,19 @@ def chunk_sparse_attention(
     """
     q, k, v, indices = (jnp.asarray(x) for x in (q, k, v, indices))
     _check_shapes(q, k, v, indices, weights, index, chunk_size)
-    if context_axis is not None:
+    if exchange not in (None, "merge") or (exchange and not context_axis):
+        raise ValueError(f"exchange is {exchange!r}: use None, or with a context_axis 'merge'")
+    if context_axis is not None and exchange is None:
         k, v = (jax.lax.all_gather(x, context_axis, axis=1, tiled=True) for x in (k, v))
     _check_indices(indices, k.shape[1] // chunk_size)
+    attend = functools.partial(_dispatch, implementation)
+    if exchange is not None:
+        attend = functools.partial(context.merged, attend, axis=context_axis)
     if weights is not None:
         weights = jnp.where(indices < 0, 0, weights)
-    return _dispatch(
-        implementation, q, k, v, indices, weights, index, chunk_size=chunk_size,
-        off_by_one=off_by_one, scale=q.shape[-1] ** -0.5 if scale is None else scale)
+    return attend(
+        q, k, v, indices, weights, index, chunk_size=chunk_size, off_by_one=off_by_one,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale)
 
 
 def _check_shapes(q, k, v, indices, weights, index, chunk_size):

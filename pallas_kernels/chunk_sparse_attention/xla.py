@@ -41,6 +41,22 @@ def chunk_sparse_attention(q, k, v, indices, weights, index, *, chunk_size, scal
     return _attend(chunk_size, scale, off_by_one, q, k, v, indices, weights, index)
 
 
+def joint_softmax(q, k, v, indices, index, *, chunk_size, scale):
+    """One softmax over the keys of all chosen chunks, in f32, and the logarithms of its
+    denominators `[B, T, H, 1]`, -inf where nothing is seen; differentiated by JAX."""
+    chunks = _chunks(k, chunk_size), _chunks(v, chunk_size)
+
+    def tile(q, indices, index):
+        k, v = _fetch(chunks, indices)
+        logits = logits_of(grouped(q, k.shape[2]), k, indices, index, scale)
+        p, logsumexp = softmax(logits, off_by_one=False, joint=True)
+        o = dot("btgrjc,btgjcv->btgrv", p.astype(v.dtype), v)
+        heads = lambda x: x.reshape(*q.shape[:3], -1)
+        return heads(o), heads(jnp.where(logsumexp == jnp.inf, -jnp.inf, logsumexp))
+
+    return in_tiles(tile, _tile_size(k, indices, chunk_size), q, indices, index)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _attend(chunk_size, scale, off_by_one, q, k, v, indices, weights, index):
     chunks = _chunks(k, chunk_size), _chunks(v, chunk_size)

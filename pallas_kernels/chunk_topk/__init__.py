@@ -6,6 +6,7 @@ https://arxiv.org/abs/2510.17196, section 2: `s = scale q . landmark` over chunk
 the query.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -14,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.arguments import check_arrays
 from pallas_kernels.chunk_topk import noise
+from pallas_kernels.chunk_topk.context import best_of_parts
 from pallas_kernels.dispatch import Dispatch
 from pallas_kernels.precision import exact_products
 
@@ -35,6 +37,7 @@ def chunk_topk(
     scale: float | None = None,
     noise_key: jax.Array | None = None,
     context_axis: str | None = None,
+    exchange: str | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> tuple[Int[Array, "B T G J"], Float[Array, "B T G J"]]:
     """The chosen chunks, J = k slots from the latest chunk to the earliest, and their scores.
@@ -55,6 +58,8 @@ def chunk_topk(
         returned. It depends on the key and the places of row, query, group and chunk only.
       context_axis: inside shard_map, the mesh axis along which rows are split: queries and
         landmarks are those of this device's contiguous part, indices count from the row's start.
+      exchange: None gathers all landmarks. "merge" is for few queries, whole on every device: each
+        chooses of its own landmarks, and their choices meet, `8 P k` bytes for each query.
       implementation: None (best for the target platform), a name, or names to try in order.
 
     Returns:
@@ -63,17 +68,31 @@ def chunk_topk(
     """
     q, landmarks = jnp.asarray(q), jnp.asarray(landmarks)
     _check(q, landmarks, k, chunk_size, segments, chunk_segments, start, window)
-    T = q.shape[1]
+    _check_exchange(exchange, context_axis, noise_key)
+    (_, T, G, R), N = q.shape, landmarks.shape[1]
     start = jnp.zeros(q.shape[0], jnp.int32) if start is None else start
-    if context_axis is not None:
+    if context_axis is not None and exchange is None:
         start = start + T * jax.lax.axis_index(context_axis)
         gather = lambda x: jax.lax.all_gather(x, context_axis, axis=1, tiled=True)
         landmarks, chunk_segments = jax.tree.map(gather, (landmarks, chunk_segments))
     index = start[:, None] + jnp.arange(T, dtype=jnp.int32)
-    words = None if noise_key is None else noise.words(noise_key, index, q.shape[2])
-    return _dispatch(
-        implementation, q, landmarks, _ended(index, segments, chunk_size, window), segments,
-        chunk_segments, words, k=k, scale=q.shape[-1] ** -0.5 if scale is None else scale)
+    ended = _ended(index, segments, chunk_size, window)
+    words = None if noise_key is None else noise.words(noise_key, index, G)
+    choose = functools.partial(
+        _dispatch, implementation, k=k, scale=R**-0.5 if scale is None else scale)
+    if exchange is None:
+        return choose(q, landmarks, ended, segments, chunk_segments, words)
+    first = N * jax.lax.axis_index(context_axis)
+    ended = jnp.clip(ended - first, 0, N)
+    chosen = choose(q, landmarks, ended, segments, chunk_segments, None)
+    return best_of_parts(*chosen, first, context_axis)
+
+
+def _check_exchange(exchange, context_axis, noise_key):
+    if exchange not in (None, "merge") or (exchange and not context_axis):
+        raise ValueError(f"exchange is {exchange!r}: use None, or with a context_axis 'merge'")
+    if exchange and noise_key is not None:
+        raise ValueError("exchange='merge' is for decoding, which draws no noise: leave noise_key")
 
 
 def _ended(index, segments, chunk_size, window) -> Int[Array, "B T"]:
