@@ -240,8 +240,10 @@ def new_state(
     if max_length > MAX_POSITION:
         raise UserError(f"max_length {max_length} is beyond the last position {MAX_POSITION}")
     make = jax.jit(lambda m: m.init_state(batch, max_length, chunks_on_host))
-    of = state_bytes if jax.default_backend() == "cpu" else host_bytes
-    needed = of(make.eval_shape(model))
+    leaves = make.trace(model).jaxpr.out_avals  # unlike eval_shape's they know their memory
+    if jax.default_backend() != "cpu":
+        leaves = [x for x in leaves if x.memory_space == host_memory.HOST]
+    needed = state_bytes(leaves)
     free = host_memory.free_bytes()
     if free is not None and needed > free:
         raise UserError(

@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from hybridjax import generate
-from hybridjax.config import MeshConfig, ModelConfig, typed
+from hybridjax.config import MeshConfig, ModelConfig, UserError, typed
 from hybridjax.evals import needle
 from hybridjax.evals.questions import ask
 from hybridjax.mixers import chunk_memory
@@ -39,6 +39,16 @@ def decoder(layers):
     config = dict(layers=layers, blocks=LEGEND, width=16, vocab=VOCAB, embedding_std=0.5)
     config = typed(ConfigDict(config), ModelConfig)
     return jax.jit(lambda: Decoder(config, jax.random.key(7)))()
+
+
+def test_beside_an_accelerator_the_host_needs_room_for_its_part_alone(monkeypatch):
+    model = decoder("SEHhS")
+    monkeypatch.setattr(generate.jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(generate.host_memory, "free_bytes", lambda: 100)
+    generate.new_state(model, 1, 48)
+    keys_and_values = 2 * 48 * 8 * 4
+    with pytest.raises(UserError, match=f"needs {keys_and_values:,} bytes of host memory"):
+        generate.new_state(model, 1, 48, chunks_on_host=True)
 
 
 DEPTHS = {  # letters that read every token, and the reach of those above
