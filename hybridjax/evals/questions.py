@@ -32,6 +32,36 @@ def ask(
     return jax.lax.scan(one, state, questions)
 
 
+@functools.partial(jax.jit, static_argnums=3, donate_argnums=1)
+def write_answers(
+    model: Decoder,
+    state: DecoderState,
+    questions: Int[Array, "n T"],
+    tokens: int,
+    logit_base: Float[Array, ""] | None = None,
+) -> tuple[DecoderState, Int[Array, "n tokens"]]:
+    """So many tokens after each question, each the likeliest after those before it.
+
+    Args:
+      state: as of `ask`.
+    """
+
+    def one(state, question):
+        def next_token(after, tokens):
+            h, after = model.extend(tokens[None], after, logit_base=logit_base)
+            return after, jnp.argmax(model.logits(h)[0, -1:], axis=-1)
+
+        def write(carry, _):
+            after, token = carry
+            return next_token(after, token), token
+
+        first = next_token(state, question)
+        (after, last), written = jax.lax.scan(write, first, length=tokens - 1)
+        return _rewound(after, state), jnp.append(written[:, 0], last)
+
+    return jax.lax.scan(one, state, questions)
+
+
 def _rewound(after: DecoderState, before: DecoderState) -> DecoderState:
     """The state before, in the buffers of the one after where they are large."""
 
