@@ -32,7 +32,6 @@ def ask(
     return jax.lax.scan(one, state, questions)
 
 
-@functools.partial(jax.jit, static_argnums=3, donate_argnums=1)
 def write_answers(
     model: Decoder,
     state: DecoderState,
@@ -42,24 +41,15 @@ def write_answers(
 ) -> tuple[DecoderState, Int[Array, "n tokens"]]:
     """So many tokens after each question, each the likeliest after those before it.
 
+    Every token asks again with what was written so far, so that nothing but `ask` holds the memory.
+
     Args:
       state: as of `ask`.
     """
-
-    def one(state, question):
-        def next_token(after, tokens):
-            h, after = model.extend(tokens[None], after, logit_base=logit_base)
-            return after, jnp.argmax(model.logits(h)[0, -1:], axis=-1)
-
-        def write(carry, _):
-            after, token = carry
-            return next_token(after, token), token
-
-        first = next_token(state, question)
-        (after, last), written = jax.lax.scan(write, first, length=tokens - 1)
-        return _rewound(after, state), jnp.append(written[:, 0], last)
-
-    return jax.lax.scan(one, state, questions)
+    for _ in range(tokens):
+        state, likeliest = ask(model, state, questions, logit_base)
+        questions = jnp.concatenate([questions, likeliest[:, -1:]], axis=1)
+    return state, questions[:, -tokens:]
 
 
 def _rewound(after: DecoderState, before: DecoderState) -> DecoderState:
