@@ -7,10 +7,10 @@ attention, a chunk encoder at mid-depth, upper layers that retrieve chunks from 
     python -m hybridjax.train --config=configs/hsa.py                   # tiny
     python -m hybridjax.train --config=configs/hsa.py:tiny,mean_pool
 
-`tiny` trains on bytes that ship with the package: at 256 tokens, 600 steps. With seed 0 it then
-answered, of 40 questions each, .975 at 256 and 4096 tokens and 1.0 at 65,536 (four facts). `mini`
-has the paper's chunks, window and row on the same bytes, and was not trained yet; nor was
-`principles`, whose chunks of 64 hold several facts and look-alikes (`studies/hsa_principles.py`).
+`tiny` trains on bytes that ship with the package: 700 steps of 16 rows of 256 tokens. What it then
+finds in rows of up to 2^25 is in docs/results/hsa_length.md (`studies/hsa_length.py`). `mini` has
+the paper's chunks, window and row on the same bytes, and was not trained yet; nor was `principles`,
+whose chunks of 64 hold several facts and look-alikes (`studies/hsa_principles.py`).
 `240m` and `345m` have a vocabulary that needs a tokenizer: `--config.data.tokenizer=PATH` and a
 corpus in `--config.data.sources`. Known of the paper's 240M: window 512, chunks of 64, top-8, rows
 of 4096, 8 B tokens; inferred: depth, width, heads and vocabulary, from the count of parameters; the

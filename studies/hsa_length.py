@@ -208,11 +208,15 @@ def trained(name: str, seed: int) -> pathlib.Path:
         train = [sys.executable, "-m", "hybridjax.train", f"--config={MODELS[name].config}"]
         train += [f"--workdir={workdir}", f"--config.seed={seed}"]
         train += ["--config.evaluation.lengths=(1,)", "--config.evaluation.facts=(4,)"]
+        resumed = workdir.exists()  # then this is the cost of the rest
         began, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(train, check=True)
         now = resource.getrusage(resource.RUSAGE_CHILDREN)
         spent = lambda usage: usage.ru_utime + usage.ru_stime
-        cost = dict(seconds=time.perf_counter() - began, core_seconds=spent(now) - spent(used))
+        cost = dict(
+            seconds=time.perf_counter() - began, core_seconds=spent(now) - spent(used),
+            resumed=resumed,
+        )  # fmt: skip
         (workdir / "cost.json").write_text(json.dumps(cost) + "\n")
     return workdir
 
