@@ -3,8 +3,8 @@
     python studies/hsa_length.py                                  # all cells; hours on two cores
     python studies/hsa_length.py --models=hsa,swa_only --seeds=0 --longest=65536
 
-Each model is trained at 256 tokens by `configs/hsa.py:tiny` or its like, and reads rows of as many
-tokens to 2^25, each in bounded pieces and once; 26 facts are hidden in a row, one for each letter,
+Each model is trained at 256 tokens by `configs/hsa.py:tiny` or its like, and reads rows of 256
+to 2^25 tokens, each in bounded pieces and once; 26 facts are hidden in a row, one for each letter,
 and all are asked from the same state, teacher-forced and generated. A seed reads four rows to 2^18
 tokens and one beyond: 312 or 78 questions of three seeds. The text is the Python installation's own
 sources, standard library first, read from a random place on and never repeated within a row;
