@@ -7,10 +7,10 @@ attention, a chunk encoder at mid-depth, upper layers that retrieve chunks from 
     python -m hybridjax.train --config=configs/hsa.py                   # tiny
     python -m hybridjax.train --config=configs/hsa.py:tiny,mean_pool
 
-`tiny` trains on bytes that ship with the package: at 256 tokens, 600 steps. With seed 0 it then
-answered, of 40 questions each, .975 at 256 and 4096 tokens and 1.0 at 65,536 (four facts). `mini`
-has the paper's chunks, window and row on the same bytes, and was not trained yet; nor was
-`principles`, whose chunks of 64 hold several facts and look-alikes (`studies/hsa_principles.py`).
+`tiny` trains on bytes that ship with the package: 700 steps of 16 rows of 256 tokens. What it then
+finds in rows of up to 2^25 is in docs/results/hsa_length.md (`studies/hsa_length.py`). `mini` has
+the paper's chunks, window and row on the same bytes, and was not trained yet; nor was `principles`,
+whose chunks of 64 hold several facts and look-alikes (`studies/hsa_principles.py`).
 `240m` and `345m` have a vocabulary that needs a tokenizer: `--config.data.tokenizer=PATH` and a
 corpus in `--config.data.sources`. Known of the paper's 240M: window 512, chunks of 64, top-8, rows
 of 4096, 8 B tokens; inferred: depth, width, heads and vocabulary, from the count of parameters; the
@@ -81,15 +81,24 @@ def legend(
 
 def tiny() -> ConfigDict:
     config = hypenet.tiny()
-    config.update(name="hsa", steps=600, seq_len=256)
+    config.update(name="hsa", steps=700, seq_len=256)
     config.model.layers = "SSEH"
     config.model.blocks = legend(
-        heads=2, head_dim=32, kv_heads=1, hidden=128, window=32, chunk_size=16, landmark_dim=32,
+        heads=2, head_dim=32, kv_heads=2, hidden=128, window=32, chunk_size=16, landmark_dim=64,
         top_k=4, encoder_layers=1, encoder_heads=2, encoder_hidden=128, norms=True,
     )  # fmt: skip
-    config.model.blocks.E.mixers[0].state_dtype = "float16"  # 2^25 tokens in 4.3 GiB
-    config.data.sources.facts.facts = 8
-    config.checkpoint.every = config.evaluation.every = 600
+    config.model.blocks.E.mixers[0].state_dtype = "float16"  # 2^25 tokens in 4.5 GiB
+    # Of 16 rows 8 ask throughout, for few facts, which is learned soon; 4 at the end, for many; and
+    # 4 for few in much text, whose chunks must not be taken for theirs.
+    task = config.evaluation.task
+    config.data.sources = ConfigDict(
+        dict(
+            facts=source("retrieval", weight=0.5, facts=8, dense=1.0, **task),
+            many=source("retrieval", weight=0.25, facts=20, queries=16, dense=0.0, **task),
+            few=source("retrieval", weight=0.25, facts=4, queries=4, dense=0.0, **task),
+        )
+    )
+    config.checkpoint.every = config.evaluation.every = 700
     config.evaluation.update(lengths=(1, 16, 256), facts=(4,), logit_bases=(), examples=64)
     return config
 

@@ -32,6 +32,26 @@ def ask(
     return jax.lax.scan(one, state, questions)
 
 
+def write_answers(
+    model: Decoder,
+    state: DecoderState,
+    questions: Int[Array, "n T"],
+    tokens: int,
+    logit_base: Float[Array, ""] | None = None,
+) -> tuple[DecoderState, Int[Array, "n tokens"]]:
+    """So many tokens after each question, each the likeliest after those before it.
+
+    Every token asks again with what was written so far, so that nothing but `ask` holds the memory.
+
+    Args:
+      state: as of `ask`.
+    """
+    for _ in range(tokens):
+        state, likeliest = ask(model, state, questions, logit_base)
+        questions = jnp.concatenate([questions, likeliest[:, -1:]], axis=1)
+    return state, questions[:, -tokens:]
+
+
 def _rewound(after: DecoderState, before: DecoderState) -> DecoderState:
     """The state before, in the buffers of the one after where they are large."""
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from hybridjax import generate
 from hybridjax.config import MeshConfig, ModelConfig, UserError, typed
 from hybridjax.evals import needle
-from hybridjax.evals.questions import ask
+from hybridjax.evals.questions import ask, write_answers
 from hybridjax.mixers import chunk_memory
 from hybridjax.mixers.base import Context
 from hybridjax.models import block, mixer, mlp
@@ -181,4 +181,19 @@ def test_many_questions_of_one_prefix(rng, chunks_on_host):
     np.testing.assert_array_equal(first, expected)
     state, again = ask(model, state, questions[::-1])
     np.testing.assert_array_equal(again, expected[::-1])
+    assert state.length.tolist() == [22]
+
+
+def test_answers_are_written_one_token_after_the_other(rng):
+    """As by reading the row again for each token; the last one completes a chunk."""
+    model, prefix = decoder("SEHhS"), rng.integers(1, VOCAB, 22)
+    questions = jnp.asarray(rng.integers(1, VOCAB, (3, 3)))
+    state, _ = generate.prefill(model, [prefix], generate.new_state(model, 1, 32), piece=PIECE)
+    state, found = write_answers(model, state, questions, 4)
+    state, again = write_answers(model, state, questions[::-1], 4)
+    rows = np.pad(np.concatenate([np.tile(prefix, (3, 1)), questions], axis=1), ((0, 0), (0, 4)))
+    for end in range(25, 29):
+        rows[:, end] = jnp.argmax(parallel(model, rows)[:, end - 1], axis=-1)
+    np.testing.assert_array_equal(found, rows[:, 25:])
+    np.testing.assert_array_equal(again, found[::-1])
     assert state.length.tolist() == [22]
