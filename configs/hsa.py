@@ -8,7 +8,7 @@ attention, a chunk encoder at mid-depth, upper layers that retrieve chunks from 
     python -m hybridjax.train --config=configs/hsa.py:tiny,mean_pool
 
 `tiny` trains on bytes that ship with the package: 700 steps of 16 rows of 256 tokens. What it then
-finds in rows of up to 2^25 is in docs/results/hsa_length.md (`studies/hsa_length.py`). `mini` has
+finds in longer rows is in docs/results/hsa_length.md (`studies/hsa_length.py`). `mini` has
 the paper's chunks, window and row on the same bytes, and was not trained yet; nor was `principles`,
 whose chunks of 64 hold several facts and look-alikes (`studies/hsa_principles.py`).
 `240m` and `345m` have a vocabulary that needs a tokenizer: `--config.data.tokenizer=PATH` and a
