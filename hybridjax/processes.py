@@ -242,6 +242,8 @@ def together() -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
+        if _watch:
+            _watch.listen()
         fail(f"{str(error).strip().splitlines()[0][:300]}; the same command resumes")
     except BaseException as error:
         if _watch:
@@ -280,6 +282,10 @@ class Watch:
         self._done = True
         with contextlib.suppress(RuntimeError):  # process 0 may have ended
             self._tell()
+
+    def listen(self) -> None:
+        """Time for news of a fault that may have ended a collective; `_judge` ends us with it."""
+        time.sleep(2 * self._interval)
 
     def end(self, line: str) -> NoReturn:
         """Tells the others, prints the line and ends the process, whichever thread is first."""
