@@ -16,13 +16,16 @@ from hybridjax.optimizer import make_optimizer
 from hybridjax.train import TrainState, make_train_step
 
 FILES = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
-TINY = [
-    pytest.param(file, preset, id=f"{file.stem}:{preset}")
+TINY = [  # by default one of each file
+    pytest.param(
+        file, preset, id=f"{file.stem}:{preset}",
+        marks=() if preset == "tiny" else pytest.mark.slow,
+    )
     for file in FILES
     if file.stem != "halo"  # of another command: tests/halo
     for preset in runpy.run_path(str(file)).get("PRESETS", ())
     if preset.startswith("tiny")
-]
+]  # fmt: skip
 
 
 def load(file: pathlib.Path | str, arg: str = "") -> Config:

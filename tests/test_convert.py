@@ -136,7 +136,13 @@ print(highest - before, final)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(np.float32, id="f32"),
+        pytest.param(ml_dtypes.bfloat16, id="bf16", marks=pytest.mark.slow),
+    ],
+)
 def test_memory_is_that_of_the_model_and_of_one_tensor(dtype, tmp_path):
     """Read whole, the f32 model would need twice its size."""
     settings, _, _ = golden("qwen3")

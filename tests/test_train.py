@@ -23,7 +23,7 @@ def at(step, act):
 # ---------------------------------------------------------------- resuming
 
 
-@pytest.mark.parametrize("step", (1, 5))
+@pytest.mark.parametrize("step", (1, pytest.param(5, marks=pytest.mark.slow)))
 def test_a_stopped_run_resumes_bit_for_bit(tmp_path, finished, step):
     with at(step, lambda batch: os.kill(os.getpid(), signal.SIGTERM)):
         stopped = train(tmp_path)

@@ -44,7 +44,7 @@ def extend(stack, x, state):
     return stack.extend(x, state, Context(positions, jnp.ones_like(positions)))
 
 
-DEFAULT = {("hsa", "8", "host"), ("hsa-joint", "4", "device")}
+DEFAULT = {("hsa", "8", "host")}
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,15 @@ def close(actual, expected, tolerance=2e-6):
 # ---------------------------------------------------------------- scan and remat
 
 
-@pytest.mark.parametrize("layers", STACKS.values(), ids=STACKS.keys())
+@pytest.mark.parametrize(
+    "layers",
+    [
+        pytest.param(
+            layers, id=name, marks=() if name in ("hybrid", "memory") else pytest.mark.slow
+        )
+        for name, layers in STACKS.items()
+    ],
+)
 def test_scan_changes_no_number(rng, layers):
     model, tokens = decoder(layers), tokens_of(rng)
     assert any(group.repeats > 1 for group in model.plan)
