@@ -4,8 +4,6 @@ A device reads such an array only through `take`, and changes it through `write`
 has the same two kinds of memory, and there both are the machine's.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jax.experimental import compute_on
@@ -73,7 +71,10 @@ def _put(x: Array, part: Array, row: Array, slot: Array) -> Array:
 
 def repeat(x: Shaped[Array, "1 ..."], count: int) -> Shaped[Array, "B ..."]:
     """`x` on the host, `count` times."""
-    return jax.jit(_on_host(lambda x: jnp.repeat(x, count, axis=0)))(x)
+    rows = _compute_on(
+        lambda x: jnp.repeat(x, count, axis=0), compute_type="device_host", out_memory_spaces=HOST
+    )
+    return jax.jit(lambda x: rows(to_host(x)))(x)
 
 
 def free_bytes() -> int | None:
@@ -84,8 +85,3 @@ def free_bytes() -> int | None:
         return int(lines["MemAvailable"].split()[0]) * 1024
     except OSError:
         return None
-
-
-def _on_host(f: Callable) -> Callable:
-    compute = _compute_on(f, compute_type="device_host", out_memory_spaces=HOST)
-    return lambda *arrays: compute(*map(to_host, arrays))

@@ -2,6 +2,7 @@
 
 from collections.abc import Container, Mapping
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -56,3 +57,15 @@ def check_attention(q, k, v, q_segments, k_segments, q_index, k_index) -> None:
         raise ValueError("q_segments and k_segments must be given together")
     if T != S and (q_index is None or k_index is None):
         raise ValueError(f"q_index and k_index must be given where T ({T}) differs from S ({S})")
+
+
+def check_exchange(exchange: str | None, context_axis: str | None) -> None:
+    """Of the ops on chunks. Raises ValueError."""
+    if exchange not in (None, "merge") or (exchange and not context_axis):
+        raise ValueError(f"exchange is {exchange!r}: use None, or with a context_axis 'merge'")
+
+
+def refuse_traced(scale: float | Array) -> None:
+    """Raises NotImplementedError for a scale that a kernel cannot be built with."""
+    if isinstance(scale, jax.core.Tracer):
+        raise NotImplementedError("needs a scale known at compile time")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.arguments import check_arrays
+from pallas_kernels.arguments import check_arrays, check_exchange
 from pallas_kernels.chunk_sparse_attention import context
 from pallas_kernels.dispatch import Dispatch
 from pallas_kernels.precision import exact_products
@@ -66,8 +66,7 @@ def chunk_sparse_attention(
     """
     q, k, v, indices = (jnp.asarray(x) for x in (q, k, v, indices))
     _check_shapes(q, k, v, indices, weights, index, chunk_size)
-    if exchange not in (None, "merge") or (exchange and not context_axis):
-        raise ValueError(f"exchange is {exchange!r}: use None, or with a context_axis 'merge'")
+    check_exchange(exchange, context_axis)
     if context_axis is not None and exchange is None:
         k, v = (jax.lax.all_gather(x, context_axis, axis=1, tiled=True) for x in (k, v))
     _check_indices(indices, k.shape[1] // chunk_size)

@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import hopper
+from pallas_kernels.arguments import refuse_traced
 from pallas_kernels.chunk_sparse_attention import gpu_kernels
 from pallas_kernels.chunk_sparse_attention.gpu_kernels import Plan
 from pallas_kernels.hopper import COLUMNS, C
@@ -72,8 +73,7 @@ def _refuse_arguments(q, k, v, indices, chunk_size, scale):
     if columns >= 2**31:
         raise NotImplementedError(f"counts pairs of queries, slots and heads in 32 bits, "
                                   f"got {columns} in a row")
-    if isinstance(scale, jax.core.Tracer):
-        raise NotImplementedError("needs a scale known at compile time")
+    refuse_traced(scale)
     if k.shape[1] == 0:
         raise NotImplementedError("needs at least one chunk")
 

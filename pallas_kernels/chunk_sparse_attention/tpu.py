@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.arguments import refuse_traced
 from pallas_kernels.chunk_sparse_attention import tpu_kernels
 from pallas_kernels.chunk_sparse_attention.tpu_kernels import Plan
 from pallas_kernels.dispatch import target_kind, target_platform
@@ -23,8 +24,7 @@ def chunk_sparse_attention(q, k, v, indices, weights, index, *, chunk_size, scal
     if len({x.dtype for x in (q, k, v)}) > 1 or q.dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(
             f"needs q, k, v all bfloat16 or all float32, got {q.dtype}, {k.dtype}, {v.dtype}")
-    if isinstance(scale, jax.core.Tracer):
-        raise NotImplementedError("needs a scale known at compile time")
+    refuse_traced(scale)
     rows = 8 * 4 // q.dtype.itemsize  # of a register
     if chunk_size % rows:
         raise NotImplementedError(f"needs chunk_size a multiple of {rows}, got {chunk_size}")

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.arguments import check_arrays
+from pallas_kernels.arguments import check_arrays, check_exchange
 from pallas_kernels.chunk_topk import noise
 from pallas_kernels.chunk_topk.context import best_of_parts
 from pallas_kernels.dispatch import Dispatch
@@ -68,7 +68,9 @@ def chunk_topk(
     """
     q, landmarks = jnp.asarray(q), jnp.asarray(landmarks)
     _check(q, landmarks, k, chunk_size, segments, chunk_segments, start, window)
-    _check_exchange(exchange, context_axis, noise_key)
+    check_exchange(exchange, context_axis)
+    if exchange and noise_key is not None:
+        raise ValueError("exchange='merge' is for decoding, which draws no noise: leave noise_key")
     (_, T, G, R), N = q.shape, landmarks.shape[1]
     start = jnp.zeros(q.shape[0], jnp.int32) if start is None else start
     if context_axis is not None and exchange is None:
@@ -86,13 +88,6 @@ def chunk_topk(
     ended = jnp.clip(ended - first, 0, N)
     chosen = choose(q, landmarks, ended, segments, chunk_segments, None)
     return best_of_parts(*chosen, first, context_axis)
-
-
-def _check_exchange(exchange, context_axis, noise_key):
-    if exchange not in (None, "merge") or (exchange and not context_axis):
-        raise ValueError(f"exchange is {exchange!r}: use None, or with a context_axis 'merge'")
-    if exchange and noise_key is not None:
-        raise ValueError("exchange='merge' is for decoding, which draws no noise: leave noise_key")
 
 
 def _ended(index, segments, chunk_size, window) -> Int[Array, "B T"]:

@@ -17,7 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
+from pallas_kernels.arguments import refuse_traced
 from pallas_kernels.chunk_topk.gradient import with_gradient
+from pallas_kernels.chunk_topk.limits import refuse_sizes
 from pallas_kernels.chunk_topk.noise import gumbel
 from pallas_kernels.chunk_topk.xla import latest_first
 from pallas_kernels.hopper import COLS, COLUMNS, LAYOUT, ROWS, C, tile
@@ -40,13 +42,8 @@ def chunk_topk(q, landmarks, ended, segments, chunk_segments, words, *, k, scale
     if not q.dtype == landmarks.dtype == jnp.bfloat16:
         raise NotImplementedError(f"needs bfloat16 (float32 products would be tf32, 1e-3), "
                                   f"got {q.dtype} and {landmarks.dtype}")
-    if isinstance(scale, jax.core.Tracer):
-        raise NotImplementedError("needs a scale known at compile time")
-    if landmarks.shape[1] == 0:
-        raise NotImplementedError("needs at least one chunk")
-    if q.shape[-1] > _LARGEST_WIDTH or k > _LARGEST_K:
-        raise NotImplementedError(f"needs landmarks up to {_LARGEST_WIDTH} wide and k up to "
-                                  f"{_LARGEST_K}, got {q.shape[-1]} and {k}")
+    refuse_traced(scale)
+    refuse_sizes(landmarks, k, widest=_LARGEST_WIDTH, largest_k=_LARGEST_K)
     choose = functools.partial(_choose, Plan(k, float(scale)))
     return with_gradient(choose, scale, q, landmarks, (ended, segments, chunk_segments, words))
 

@@ -14,7 +14,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.arguments import refuse_traced
 from pallas_kernels.chunk_topk.gradient import with_gradient
+from pallas_kernels.chunk_topk.limits import refuse_sizes
 from pallas_kernels.chunk_topk.noise import gumbel
 from pallas_kernels.chunk_topk.xla import latest_first
 from pallas_kernels.dispatch import target_platform
@@ -46,13 +48,8 @@ def chunk_topk(q, landmarks, ended, segments, chunk_segments, words, *, k, scale
     if q.dtype != landmarks.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"needs q and landmarks both bfloat16 or both float32, "
                                   f"got {q.dtype} and {landmarks.dtype}")
-    if isinstance(scale, jax.core.Tracer):
-        raise NotImplementedError("needs a scale known at compile time")
-    if landmarks.shape[1] == 0:
-        raise NotImplementedError("needs at least one chunk")
-    if q.shape[-1] > _LARGEST_WIDTH or k > _LARGEST_K:
-        raise NotImplementedError(f"needs landmarks up to {_LARGEST_WIDTH} wide and k up to "
-                                  f"{_LARGEST_K}, got {q.shape[-1]} and {k}")
+    refuse_traced(scale)
+    refuse_sizes(landmarks, k, widest=_LARGEST_WIDTH, largest_k=_LARGEST_K)
     block = min(_BLOCK, landmarks.shape[1] + -landmarks.shape[1] % LANES)
     plan = Plan(k, scale, block, segments is not None, words is not None)
     return with_gradient(functools.partial(_choose, plan), scale, q, landmarks,

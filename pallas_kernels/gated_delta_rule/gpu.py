@@ -42,6 +42,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import hopper
+from pallas_kernels.arguments import refuse_traced
 from pallas_kernels.documents import to_compare
 from pallas_kernels.gated_delta_rule import gpu_chunks, gpu_states, xla
 from pallas_kernels.gated_delta_rule.gpu_chunks import Weights
@@ -84,8 +85,7 @@ def _refuse_arguments(q, v, scale, chunk_size):
                                   f"to 256, got {q.shape[-1]} and {v.shape[-1]}")
     if chunk_size not in (None, C):
         raise NotImplementedError(f"works by chunks of {C}, got chunk_size {chunk_size}")
-    if isinstance(scale, jax.core.Tracer):
-        raise NotImplementedError("needs a scale known at compile time")
+    refuse_traced(scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

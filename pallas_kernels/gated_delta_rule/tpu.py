@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.arguments import refuse_traced
 from pallas_kernels.dispatch import target_platform
 from pallas_kernels.documents import at_borders, cut_at_borders, first_of_document
 from pallas_kernels.gated_delta_rule import tpu_kernels, xla
@@ -25,8 +26,7 @@ def gated_delta_rule(q, k, v, beta, decay, *, scale, initial_state, segments, ou
     (B, T, Hq, K), Hk, (H, V) = q.shape, k.shape[2], v.shape[2:]
     if v.dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"needs v in bfloat16 or float32, got {v.dtype}")
-    if isinstance(scale, jax.core.Tracer):
-        raise NotImplementedError("needs a scale known at compile time")
+    refuse_traced(scale)
     if T <= xla.FEW:  # one by one, as there
         return xla.gated_delta_rule(
             q, k, v, beta, decay, scale=scale, initial_state=initial_state, segments=segments,

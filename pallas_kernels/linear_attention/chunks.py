@@ -28,6 +28,29 @@ def running_sum(decay):
     return total, jnp.cumsum((jax.lax.stop_gradient(decay) - step) - error, axis=-1)
 
 
+def decay_of_tokens(decay, segments, shape):
+    """A log decay [B, T, H] in f32, 0 for padding, from one of that shape or [H]."""
+    # The barrier: else the compiler computes what a constant decay gives for all B T H tokens.
+    decay = jax.lax.optimization_barrier(jnp.asarray(decay, jnp.float32))
+    decay = jnp.broadcast_to(decay, shape)
+    return decay if segments is None else jnp.where(segments[..., None] != 0, decay, 0)
+
+
+def decay_gradient(within, written, through):
+    """That of the log decay [B, H, N, C], which has a part in all that passes a token.
+
+    Every term is that of pairs of tokens which it lies between: nothing large cancels.
+
+    Args:
+      within: [B, H, N, C] of each token that reads, what passes all tokens up to it.
+      written: [B, H, N, C] of each token, what it writes into the state behind the chunk.
+      through: [B, H, N] of the state that passes the whole chunk.
+    """
+    before = jnp.pad(written[..., :-1], [(0, 0)] * 3 + [(1, 0)])
+    return (jax.lax.cumsum(within, axis=3, reverse=True) + jnp.cumsum(before, axis=3)
+            + through[..., None])
+
+
 def within_documents(segments: Int[Array, "B 1 N C"], read, write, keep):
     """Weights [B, H, N, C] of the states that enter and leave chunks, and `keep` [B, H, N, 1], cut
     where documents end."""

@@ -42,14 +42,18 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import hopper
 from pallas_kernels.documents import to_compare
 from pallas_kernels.hopper import COLUMNS, C
-from pallas_kernels.linear_attention.chunks import in_chunks, within_documents
+from pallas_kernels.linear_attention.chunks import (
+    decay_gradient,
+    decay_of_tokens,
+    in_chunks,
+    within_documents,
+)
 from pallas_kernels.linear_attention.gpu_kernel import Weights, chunk_pass
 
 BLOCKS = 264  # fill an H100 or H200: two on each of 132 SMs
@@ -62,11 +66,8 @@ def linear_attention(q, k, v, decay, *, scale, initial_state, segments, output_f
     _refuse_arguments(q, k, v, chunk_size)
     B, T, H, _ = q.shape
     K, V = q.shape[-1], v.shape[-1]
-    # The barrier: else the compiler computes what a constant decay gives for all B T H tokens.
-    decay = lax.optimization_barrier(jnp.asarray(decay, jnp.float32))
-    decay = jnp.broadcast_to(decay, (B, T, H))
+    decay = decay_of_tokens(decay, segments, (B, T, H))
     if segments is not None:
-        decay = jnp.where(segments[..., None] != 0, decay, 0)
         segments = in_chunks(segments[..., None], C)
     if initial_state is None:
         initial_state = jnp.zeros((B, H, K, V))
@@ -125,17 +126,10 @@ def _attend_bwd(scale, residuals, gradients):
         for_dq = chunk_pass("dq", do, v, k, weights, incoming, dot=q, emit=True)
         for_dk = chunk_pass(
             "dk", v, do, q, backwards, dincoming, dot=k, meet=for_dq["states"])
-        ddecay = _ddecay(for_dq["dots"], for_dk["dots"], weights.keep * for_dk["meets"])
+        written = for_dk["dots"][..., 0, :]
+        within = for_dq["dots"][..., 1, :] - (for_dk["dots"][..., 1, :] - written)
+        ddecay = decay_gradient(within, written, weights.keep * for_dk["meets"])
     return for_dq["y"], for_dk["y"], for_dv["y"], ddecay, for_dv["state"][:, :, 0], None
-
-
-def _ddecay(dots_q, dots_k, through):
-    """Every term is that of pairs of tokens which t lies between: nothing large cancels."""
-    across = dots_k[..., 0, :]
-    within = dots_q[..., 1, :] - (dots_k[..., 1, :] - across)
-    before = jnp.pad(across[..., :-1], [(0, 0)] * 3 + [(1, 0)])
-    return (lax.cumsum(within, axis=3, reverse=True) + jnp.cumsum(before, axis=3)
-            + through[..., None])
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)

@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
+from pallas_kernels.arguments import refuse_traced
 from pallas_kernels.dispatch import target_kind, target_platform
 from pallas_kernels.documents import first_of_document
 from pallas_kernels.linear_attention import tpu_kernels
@@ -32,8 +33,7 @@ def linear_attention(q, k, v, decay, *, scale, initial_state, segments, output_f
     if len({x.dtype for x in (q, k, v)}) > 1 or q.dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(
             f"needs q, k, v all bfloat16 or all float32, got {q.dtype}, {k.dtype}, {v.dtype}")
-    if isinstance(scale, jax.core.Tracer):
-        raise NotImplementedError("needs a scale known at compile time")
+    refuse_traced(scale)
     plan = _plan(T, H, K, V, q.dtype, scale, decay, segments, chunk_size)
     padded = [flat(x, plan.block) for x in (q, k, v)]
     if initial_state is None:

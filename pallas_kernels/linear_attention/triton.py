@@ -28,13 +28,19 @@ import re
 import jax
 import jax.numpy as jnp
 import jax_triton
-from jax import lax
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Int
 
+from pallas_kernels.arguments import refuse_traced
 from pallas_kernels.dispatch import target_kind, target_platform
 from pallas_kernels.documents import to_compare
-from pallas_kernels.linear_attention.chunks import in_chunks, running_sum, within_documents
+from pallas_kernels.linear_attention.chunks import (
+    decay_gradient,
+    decay_of_tokens,
+    in_chunks,
+    running_sum,
+    within_documents,
+)
 from pallas_kernels.linear_attention.triton_kernels import LEAST, SIDE, Weights, outputs, states
 
 _OLDER = r"\b(GTX|TITAN|RTX 20\d\d|T4|V100)\b"  # NVIDIA's with no products of bfloat16
@@ -47,11 +53,8 @@ def linear_attention(q, k, v, decay, *, scale, initial_state, segments, output_f
     _refuse_arguments(q, k, v, scale, chunk_size)
     B, T, H, K = q.shape
     chunk = chunk_size or min(SIDE[q.dtype.name], max(LEAST, 1 << (T - 1).bit_length()))
-    # The barrier: else the compiler computes what a constant decay gives for all B T H tokens.
-    decay = lax.optimization_barrier(jnp.asarray(decay, jnp.float32))
-    decay = jnp.broadcast_to(decay, (B, T, H))
+    decay = decay_of_tokens(decay, segments, (B, T, H))
     if segments is not None:
-        decay = jnp.where(segments[..., None] != 0, decay, 0)
         segments = in_chunks(segments[..., None], chunk)
     if initial_state is None:
         initial_state = jnp.zeros((B, H, K, v.shape[-1]))
@@ -76,8 +79,7 @@ def _refuse_arguments(q, k, v, scale, chunk_size):
     if len({x.dtype for x in (q, k, v)}) > 1 or q.dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(
             f"needs q, k, v all bfloat16 or all float32, got {q.dtype}, {k.dtype}, {v.dtype}")
-    if isinstance(scale, jax.core.Tracer):
-        raise NotImplementedError("needs a scale known at compile time")
+    refuse_traced(scale)
     if chunk_size not in (None, 16, 32, 64):
         raise NotImplementedError(f"works by chunks of 16, 32 or 64, got chunk_size {chunk_size}")
 
@@ -118,12 +120,9 @@ _attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
 
 
 def _ddecay(q_dots, k_dots, keep, before, dafter):
-    """Every term is that of pairs of tokens which t lies between: nothing large cancels."""
     (read, q_pairs), (write, k_pairs) = q_dots, k_dots
-    written = jnp.pad(write[..., :-1], [(0, 0)] * 3 + [(1, 0)])
     through = keep * (before.astype(jnp.float32) * dafter.astype(jnp.float32)).sum((-2, -1))
-    return (lax.cumsum(read + q_pairs - k_pairs, axis=3, reverse=True)
-            + jnp.cumsum(written, axis=3) + through[..., None])
+    return decay_gradient(read + q_pairs - k_pairs, write, through)
 
 
 def _weights(decay, segments: Int[Array, "B 1 N C"] | None, scale) -> Weights:
