@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from pallas_kernels import hopper
 
@@ -47,11 +46,3 @@ def call(kernel, x, scratch):
     return plgpu.kernel(kernel, out_type=jax.ShapeDtypeStruct(x.shape, jnp.float32),
                         scratch_types=scratch, grid=(1,), grid_names=("block",),
                         compiler_params=hopper.COMPILER_PARAMS)(x)
-
-
-def targeting(device_kind):
-    """In which what is traced is for such a GPU, if any."""
-    if device_kind is None:
-        return contextlib.nullcontext()
-    device = AbstractDevice(device_kind=device_kind, num_cores=None, platform="cuda")
-    return use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=device))

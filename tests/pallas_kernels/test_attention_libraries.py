@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import export
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from targets import targeting
 
 from pallas_kernels.attention import attention, cudnn, splash
 
@@ -49,8 +49,7 @@ def test_splash_is_the_reference_in_interpret_mode(case, rng, monkeypatch):
 def test_on_tpu_splash_is_taken_and_lowers(rng):
     arrays, options = make(rng, **SERVED["packed"])
     arrays = [x.astype(jnp.bfloat16) for x in arrays]
-    device = AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu")
-    with use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=device)):
+    with targeting("TPU v6 lite", "tpu", num_cores=1):
         exported = export.export(jax.jit(gradients(None, options)), platforms=["tpu"])(*arrays)
     assert exported.mlir_module().count("tpu_custom_call") >= 3  # forward, dq, dk and dv
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import test_chunk_sparse_attention as table
+from targets import targeting
 
 pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 
@@ -45,11 +46,11 @@ def test_gpu_is_the_reference_on_a_gpu(name):
     check(name)
 
 
-def arguments(dtype=jnp.bfloat16, K=64, H=16, N=4):
+def arguments(dtype=jnp.bfloat16, T=256, K=64, H=16, N=4):
     array = lambda dtype, *shape: jax.ShapeDtypeStruct((1, *shape), dtype)
     kv = array(dtype, N * 64, 1, K)
-    return dict(q=array(dtype, 256, H, K), k=kv, v=kv, indices=array(jnp.int32, 256, 1, 2),
-                weights=array(jnp.float32, 256, 1, 2))
+    return dict(q=array(dtype, T, H, K), k=kv, v=kv, indices=array(jnp.int32, T, 1, 2),
+                weights=array(jnp.float32, T, 1, 2))
 
 
 @pytest.mark.parametrize(
@@ -62,11 +63,12 @@ def arguments(dtype=jnp.bfloat16, K=64, H=16, N=4):
         ("NVIDIA H200", dict(), 128, "chunks of up to 64 keys, got chunk_size 128"),
         ("NVIDIA H200", dict(H=128), 64, "up to 64 query heads for each of keys, got 128 for 1"),
         ("NVIDIA H200", dict(N=0), 64, "needs at least one chunk"),
+        ("NVIDIA H200", dict(T=2**26), 64, "in 32 bits, got 2147483648 in a row"),
     ],
 )
 def test_what_the_gpu_cannot_serve_is_refused_with_the_reason(device, arrays, chunk_size, reason):
     op = functools.partial(chunk_sparse_attention, chunk_size=chunk_size, implementation="gpu")
-    with hopper_interpreter.targeting(device), pytest.raises(NotImplementedError, match=reason):
+    with targeting(device), pytest.raises(NotImplementedError, match=reason):
         jax.eval_shape(op, **arguments(**arrays))
 
 
@@ -78,7 +80,7 @@ def test_on_hopper_it_is_taken_and_lowers_elsewhere_xla_is(device, kernels):
 
     floats = arguments()
     indices = floats.pop("indices")
-    with hopper_interpreter.targeting(device):
+    with targeting(device):
         lowered = jax.jit(jax.grad(loss)).trace(floats, indices).lower(
             lowering_platforms=("cuda",))
     assert lowered.as_text().count("custom_call @mosaic_gpu") == kernels

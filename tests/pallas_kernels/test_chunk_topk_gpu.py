@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import test_chunk_topk as table
+from targets import targeting
 
 pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 
@@ -66,7 +67,7 @@ def arguments(dtype=jnp.bfloat16, R=64, N=16):
 )
 def test_what_the_gpu_cannot_serve_is_refused_with_the_reason(device, arrays, k, reason):
     op = functools.partial(chunk_topk, k=k, chunk_size=64, implementation="gpu")
-    with hopper_interpreter.targeting(device), pytest.raises(NotImplementedError, match=reason):
+    with targeting(device), pytest.raises(NotImplementedError, match=reason):
         jax.eval_shape(op, *arguments(**arrays))
 
 
@@ -77,6 +78,6 @@ def test_on_hopper_it_is_taken_and_lowers_elsewhere_xla_is(device, kernels):
                                      noise_key=jax.random.key(0))
         return jnp.where(indices < 0, 0, scores).sum()
 
-    with hopper_interpreter.targeting(device):
+    with targeting(device):
         lowered = jax.jit(jax.grad(loss)).trace(*arguments()).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("custom_call @mosaic_gpu") == kernels

@@ -1,16 +1,11 @@
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from targets import targeting
 
 from pallas_kernels.attention import attention
 from pallas_kernels.dispatch import Dispatch, target_platform
 from pallas_kernels.linear_attention import linear_attention
-
-
-def mesh_of(platform):
-    device = AbstractDevice(device_kind="any", num_cores=1, platform=platform)
-    return AbstractMesh((1,), ("data",), abstract_device=device)
 
 
 def ones(*shape, dtype=np.float32):
@@ -20,7 +15,7 @@ def ones(*shape, dtype=np.float32):
 @pytest.mark.parametrize(
     "platform, target", [("tpu", "tpu"), ("gpu", "gpu"), ("cuda", "gpu"), ("cpu", "cpu")])
 def test_the_mesh_tells_the_target(platform, target):
-    with use_abstract_mesh(mesh_of(platform)):
+    with targeting("any", platform, num_cores=1):
         assert target_platform() == target
 
 
@@ -45,7 +40,7 @@ def op(monkeypatch):
 
 @pytest.mark.parametrize("platform, expected", [("tpu", "fast"), ("cpu", "xla")])
 def test_none_takes_the_best_for_the_target(op, platform, expected):
-    with use_abstract_mesh(mesh_of(platform)):
+    with targeting("any", platform, num_cores=1):
         assert op(None) == expected
 
 
@@ -60,7 +55,7 @@ def test_a_name_never_falls_back(op):
 
 
 def test_every_reason_is_listed(op):
-    with use_abstract_mesh(mesh_of("gpu")):
+    with targeting("any", "gpu", num_cores=1):
         with pytest.raises(NotImplementedError, match=r"op: .*refuses: it never serves"):
             op(None)
 

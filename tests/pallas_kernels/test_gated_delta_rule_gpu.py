@@ -1,6 +1,5 @@
 """The gated delta rule's Hopper kernels without a GPU: numbers and races in interpret mode."""
 
-import contextlib
 import functools
 import re
 
@@ -9,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from targets import targeting
 
 pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 
@@ -82,15 +81,10 @@ def rule(q, k, v, beta, **options):
     ],
 )
 def test_what_the_gpu_cannot_serve_is_refused_with_the_reason(device, arrays, options, reason):
-    with contextlib.nullcontext() if device is None else use_abstract_mesh(mesh_of(device)):
+    with targeting(device):
         with pytest.raises(NotImplementedError, match=reason):
             jax.eval_shape(functools.partial(rule, **options, implementation="gpu"),
                            **arguments(**arrays))
-
-
-def mesh_of(device_kind):
-    device = AbstractDevice(device_kind=device_kind, num_cores=None, platform="cuda")
-    return AbstractMesh((1,), ("data",), abstract_device=device)
 
 
 @pytest.mark.parametrize("device, kernels", [("NVIDIA H200", 6), ("NVIDIA A100-SXM4-80GB", 0)])
@@ -98,6 +92,6 @@ def test_on_hopper_it_is_taken_and_lowers_elsewhere_xla_is(device, kernels):
     def loss(arrays):
         return (rule(**arrays).astype(jnp.float32) ** 2).sum()
 
-    with use_abstract_mesh(mesh_of(device)):
+    with targeting(device):
         lowered = jax.jit(jax.grad(loss)).trace(arguments()).lower(lowering_platforms=("cuda",))
     assert len(re.findall("custom_call @mosaic_gpu", lowered.as_text())) == kernels

@@ -1,6 +1,5 @@
 """The Hopper kernels without a GPU: numbers and races in interpret mode, and what is refused."""
 
-import contextlib
 import functools
 import re
 
@@ -8,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from targets import targeting
 
 pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 
@@ -149,14 +148,9 @@ def attend(q, k, v, chunk_size=None, implementation=None):
 )
 def test_what_the_gpu_cannot_serve_is_refused_with_the_reason(device, arrays, options, reason):
     arrays = arguments(**arrays)
-    with contextlib.nullcontext() if device is None else use_abstract_mesh(mesh_of(device)):
+    with targeting(device):
         with pytest.raises(NotImplementedError, match=reason):
             jax.eval_shape(functools.partial(attend, **options, implementation="gpu"), **arrays)
-
-
-def mesh_of(device_kind):
-    device = AbstractDevice(device_kind=device_kind, num_cores=None, platform="cuda")
-    return AbstractMesh((1,), ("data",), abstract_device=device)
 
 
 @pytest.mark.parametrize("device, kernels", [("NVIDIA H200", 4), ("NVIDIA A100-SXM4-80GB", 0)])
@@ -164,6 +158,6 @@ def test_on_hopper_it_is_taken_and_lowers_elsewhere_xla_is(device, kernels):
     def loss(arrays):
         return (attend(**arrays).astype(jnp.float32) ** 2).sum()
 
-    with use_abstract_mesh(mesh_of(device)):
+    with targeting(device):
         lowered = jax.jit(jax.grad(loss)).trace(arguments()).lower(lowering_platforms=("cuda",))
     assert len(re.findall("custom_call @mosaic_gpu", lowered.as_text())) == kernels

@@ -1,6 +1,5 @@
 """The Triton kernels without a GPU: numbers in Triton's interpreter, and what is refused."""
 
-import contextlib
 import functools
 import importlib.util
 
@@ -9,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import triton_interpreter
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from linear_attention_cases import TABLE, assert_is_the_oracle
+from targets import targeting
 
 from benchmarks import static_kernels_triton
 from pallas_kernels.linear_attention import linear_attention
@@ -50,13 +49,6 @@ def arguments(dtype=jnp.bfloat16, K=64, V=64):
     return dict(q=x, k=x, v=jax.ShapeDtypeStruct((1, 70, 2, V), dtype))
 
 
-def target(device_kind):
-    if device_kind is None:
-        return contextlib.nullcontext()
-    device = AbstractDevice(device_kind=device_kind, num_cores=None, platform="cuda")
-    return use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=device))
-
-
 @pytest.mark.parametrize(
     "device, arrays, options, reason",
     [
@@ -71,21 +63,21 @@ def target(device_kind):
 def test_what_triton_cannot_serve_is_refused_with_the_reason(
         device, arrays, options, reason, monkeypatch):
     triton_interpreter.traced(monkeypatch, TRITON)
-    with target(device), pytest.raises(NotImplementedError, match=reason):
+    with targeting(device), pytest.raises(NotImplementedError, match=reason):
         jax.eval_shape(functools.partial(attend, **options, implementation="triton"),
                        **arguments(**arrays))
 
 
 def test_a_traced_scale_is_refused(monkeypatch):
     triton_interpreter.traced(monkeypatch, TRITON)
-    with target("NVIDIA L4"), pytest.raises(NotImplementedError, match="known at compile time"):
+    with targeting("NVIDIA L4"), pytest.raises(NotImplementedError, match="known at compile time"):
         jax.eval_shape(functools.partial(attend, implementation="triton"), **arguments(), scale=1.0)
 
 
 def test_versions_that_do_not_work_together_are_refused(monkeypatch):
     triton_interpreter.traced(monkeypatch, TRITON, version=(0, 4, 1))
     monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
-    with target("NVIDIA L4"), pytest.raises(
+    with targeting("NVIDIA L4"), pytest.raises(
             NotImplementedError, match="jax-triton 0.4.1 cannot lower .* needs jax 0.10 or 0.11"):
         jax.eval_shape(functools.partial(attend, implementation="triton"), **arguments())
 
@@ -108,7 +100,7 @@ def test_without_jax_triton_a_name_is_refused():
 def test_it_is_taken_where_it_serves_and_elsewhere_xla_is(device, dtype, kernels, monkeypatch):
     triton_interpreter.traced(monkeypatch, TRITON)
     loss = lambda arrays: (attend(**arrays).astype(jnp.float32) ** 2).sum()
-    with target(device):
+    with targeting(device):
         jaxpr = jax.make_jaxpr(jax.grad(loss))(arguments(dtype))
     assert str(jaxpr).count("pure_callback[") == kernels
 
