@@ -36,11 +36,13 @@ class Haystack:
         value_length: int = 2,
         separator: str = "",
         alike: int = 0,
+        decoys: int = 0,
         together: int = 1,
         text: str | None = None,
     ):
         """Args:
         alike: for each key so many others that differ from it in one letter.
+        decoys: so many words with the keys of facts and other values, but not the marks of a fact.
         together: this many facts lie side by side, so that one chunk holds several.
         text: hides the facts in this instead of the split's documents.
         """
@@ -48,7 +50,7 @@ class Haystack:
             raise UserError(f"alike is {alike}: a letter has 0 to 25 others in its place")
         self._text = Text(tokenizer, split, separators=separator, text=text)
         self._key_length, self.value_length, self._separator = key_length, value_length, separator
-        self._alike, self._together = alike, together
+        self._alike, self._decoys, self._together = alike, decoys, together
         self.value_start = 1 + key_length + len(separator)  # in a fact or question
         self.width = self.value_start + value_length + 1
 
@@ -77,7 +79,7 @@ class Haystack:
         self.check(length, facts, queries)
         form = dict(width=self.width, tail=queries * self.width, together=self._together)
         return ask_at_end(
-            self._text, rng, length, lambda r: self._clues(r, facts), clues=facts,
+            self._text, rng, length, lambda r: self._clues(r, facts), clues=facts + self._decoys,
             asked=range(queries), depth=depth, **form,
         )  # fmt: skip
 
@@ -89,16 +91,17 @@ class Haystack:
         slots = length // self.width
         self.check(length, facts)
         offset = rng.randrange(length - slots * self.width + 1)
-        places = scattered(rng, slots, facts, self._together)
+        places = scattered(rng, slots, facts + self._decoys, self._together)
         starts = [offset + place * self.width for place in places]
         tokens, clues = self._text.window(rng, length), self._clues(rng, facts)
         for start, clue in zip(starts, clues, strict=True):
             tokens[start : start + self.width] = array("i", clue.statement)
-        return tokens, [clue.question for clue in clues], starts
+        return tokens, [clue.question for clue in clues[:facts]], starts[:facts]
 
     def check(self, length: int, facts: int, queries: int = 1) -> None:
         """Raises UserError if `length` tokens, or the keys there are, are too few for `facts`."""
-        check_room(length, facts, self.width, queries * self.width, self._together, "facts")
+        clues, name = facts + self._decoys, "facts and decoys" if self._decoys else "facts"
+        check_room(length, clues, self.width, queries * self.width, self._together, name)
         if not 1 <= queries <= facts:
             raise UserError(f"queries is {queries}: it must be from 1 to the {facts} facts")
         if facts > (keys := len(self._text.letters) ** self._key_length):
@@ -113,13 +116,18 @@ class Haystack:
         return True
 
     def _clues(self, rng: random.Random, n: int) -> list[Clue]:
-        """n facts of distinct keys."""
+        """n facts of distinct keys, then the decoys."""
         spell, clues, answer = self._text.spell, [], (self.value_start, self.width - 1)
-        for number, key in enumerate(self._keys(rng, n)):
+        keys = self._keys(rng, n)
+        for number in range(n + self._decoys):
             value = rng.choices(self._text.digits, k=self.value_length)
-            rest = [*key, *spell(self._separator), *value, *spell(ENDS)]
-            fact, question = ([*spell(mark), *rest] for mark in (STATES, ASKS))
-            clues.append(Clue(fact, question, ((*answer, number),)))
+            word = [*keys[number % n], *spell(self._separator), *value]
+            if number < n:
+                fact, question = ([*spell(mark), *word, *spell(ENDS)] for mark in (STATES, ASKS))
+                clues.append(Clue(fact, question, ((*answer, number),)))
+            else:
+                before, after = self._text.window(rng, 1), self._text.window(rng, 1)
+                clues.append(Clue([*before, *word, *after]))
         return clues
 
     def _keys(self, rng: random.Random, n: int) -> list[list[int]]:
@@ -151,11 +159,13 @@ class Retrieval(Task):
         value_length: int = 2,
         separator: str = "",
         alike: int = 0,
+        decoys: int = 0,
         together: int = 1,
         text_weight: float = 0.01,
     ):
         form = dict(key_length=key_length, value_length=value_length, separator=separator)
-        self._haystack = Haystack(tokenizer, split, alike=alike, together=together, **form)
+        form.update(alike=alike, decoys=decoys, together=together)
+        self._haystack = Haystack(tokenizer, split, **form)
         self._facts, self._queries = facts, queries
         self.chance, self.guess = 10.0**-value_length, 1 / facts
         super().__init__(seq_len, split, seed, dense=dense, text_weight=text_weight)

@@ -136,6 +136,19 @@ def test_every_fact_is_asked_of_one_text(form):
     assert len({q[1] for q in asked}) == 5
 
 
+@pytest.mark.parametrize("dense", [False, True])
+def test_decoys_have_the_keys_of_facts_and_no_mark(form, dense):
+    haystack = Haystack(BYTES, "tune", decoys=6, text="." * 500, **form)
+    rng = random.Random(3)
+    example = haystack.dense(rng, 400, 3) if dense else haystack.needle(rng, 400, 3)
+    text = BYTES.decode(example.tokens)
+    facts = {m[1] for m in pattern("#", **form).finditer(text)}
+    decoys = re.findall(pattern(".", **form).pattern.replace(";", r"\."), text)
+    assert len(facts) == 3 and len(decoys) == 6 and {key for key, _ in decoys} == facts
+    if not dense:
+        assert text.count(".") == 400 - (3 + 6 + 1) * haystack.width + 2 * 6
+
+
 def test_exact_match_needs_every_digit():
     needles = needle_batch(Haystack(BYTES, "tune"), 0, 3, 64)
     predictions = np.where(needles.answers > 0, needles.targets, 0)
@@ -155,12 +168,13 @@ def test_endless_and_sharded():
     "seq_len, options, message",
     [
         (20, dict(), "4 facts of 5 tokens and questions of 5 tokens need 25 tokens, not 21"),
+        (40, dict(decoys=4), "8 facts and decoys of 5 tokens and questions of 5 tokens need"),
         (400, dict(facts=27), "27 facts need as many keys, not 26: raise key_length"),
         (400, dict(queries=5), "queries is 5: it must be from 1 to the 4 facts"),
         (400, dict(alike=26), "alike is 26: a letter has 0 to 25 others in its place"),
         (400, dict(together=0), "together is 0: it must be at least 1"),
     ],
-    ids=["short", "keys", "queries", "alike", "together"],
+    ids=["short", "decoys", "keys", "queries", "alike", "together"],
 )
 def test_faults(seq_len, options, message):
     with pytest.raises(UserError, match=message):
