@@ -133,7 +133,10 @@ class _Watched:
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory):
     """A directory of compiled programs, so that each is compiled once for all runs."""
-    return tmp_path_factory.mktemp("compiled")
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root  # that of all workers
+    (root / "compiled").mkdir(exist_ok=True)
+    return root / "compiled"
 
 
 @pytest.fixture

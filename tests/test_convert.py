@@ -85,6 +85,7 @@ def test_export_after_import_is_the_identity(name, dtype, tmp_path):
     assert huggingface.open_directory(back).logit_base == (20.0 if name == "hypenet" else None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unrolled"])
 def test_loaded_onto_a_mesh(scan, tmp_path):
     settings, tensors, _ = golden("hypenet")

@@ -127,6 +127,7 @@ def test_on_a_mesh(prompts, mesh):
         assert np.stack([next(stream) for _ in range(3)], axis=1).tolist() == expected.tolist()
 
 
+@pytest.mark.slow
 def test_a_split_cache_is_saved_and_forked(prompts, tmp_path):
     """Two questions of one prefix, read on a mesh with split caches, kept and loaded there."""
     prefix, questions, path = prompts[0], prompts[1:], str(tmp_path / "state")

@@ -322,6 +322,7 @@ def test_a_killed_process_ends_the_others_and_leaves_a_checkpoint(start, tmp_pat
     assert end_state(tmp_path / "run")["step"] in (3, 4)  # a save waits for the one before
 
 
+@pytest.mark.slow
 def test_a_hung_step_is_noticed(start, tmp_path):
     acts, limits = {1: {5: (1.5, signal.SIGSTOP)}}, ("--hang_after=3",)
     both = start(*TRAIN, f"--workdir={tmp_path}/run", *limits, acts=acts)

@@ -329,6 +329,7 @@ def distance(x, y):
     return np.sqrt(np.mean((x - y) ** 2) / np.mean(y**2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", ("LL",))
 def test_measuring_and_generating_with_rows_split_over_devices(rng, layers):
     """Of lengths that 8 devices divide and do not, and of prompts that end anywhere."""

@@ -110,8 +110,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, finished):
 
 @pytest.mark.parametrize(
     "every, fault",
-    ((3, "the loss is nan at step 2"), (1, "the update of step 1 is not finite")),
-    ids=("loss", "update"),
+    (
+        pytest.param(3, "the loss is nan at step 2", id="loss", marks=pytest.mark.slow),
+        pytest.param(1, "the update of step 1 is not finite", id="update"),
+    ),
 )
 def test_a_state_that_is_not_finite_is_never_saved(tmp_path, every, fault):
     rate = "--config.optimizer.learning_rate=1e39"  # infinite in f32
@@ -123,6 +125,7 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path, every, fault):
 # ---------------------------------------------------------------- where a run starts
 
 
+@pytest.mark.slow
 def test_own_checkpoint_before_another_run_before_scratch(tmp_path, finished):
     """The embedding is frozen in this preset, so it shows where the run came from."""
     source, new = tmp_path / "so@urce", tmp_path / "new"

@@ -77,7 +77,7 @@ def close(actual, expected, tolerance=2e-6):
     "layers",
     [
         pytest.param(
-            layers, id=name, marks=() if name in ("hybrid", "memory") else pytest.mark.slow
+            layers, id=name, marks=() if name == "memory" else pytest.mark.slow
         )
         for name, layers in STACKS.items()
     ],

@@ -184,6 +184,7 @@ def test_many_questions_of_one_prefix(rng, chunks_on_host):
     assert state.length.tolist() == [22]
 
 
+@pytest.mark.slow
 def test_answers_are_written_one_token_after_the_other(rng):
     """As by reading the row again for each token; the last one completes a chunk."""
     model, prefix = decoder("SEHhS"), rng.integers(1, VOCAB, 22)

@@ -191,7 +191,7 @@ def test_bfloat16_costs_a_few_roundings(name):
     assert_close(got, expected(name, "bfloat16"), "bfloat16")
 
 
-TPU = {("groups-of-2", "float32"), ("joint-off-by-one", "float32")}
+TPU = {("joint-off-by-one", "float32")}
 
 
 @pytest.fixture
