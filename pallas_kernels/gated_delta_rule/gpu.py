@@ -50,6 +50,9 @@ from pallas_kernels.hopper import COLUMNS, C
 from pallas_kernels.linear_attention.chunks import in_chunks, within_documents
 
 
+_MOST_CHUNKS = 2**16 - 1  # of a row: CUDA's limit for a grid's second axis
+
+
 def gated_delta_rule(q, k, v, beta, decay, *, scale, initial_state, segments, output_final_state,
                      chunk_size):
     hopper.refuse_target()
@@ -83,6 +86,10 @@ def _refuse_arguments(q, v, scale, chunk_size):
     if q.shape[-1] > 128 or v.shape[-1] > 256:
         raise NotImplementedError("needs K up to 128 (a wider state leaves the registers) and V up "
                                   f"to 256, got {q.shape[-1]} and {v.shape[-1]}")
+    if q.shape[1] > _MOST_CHUNKS * C:
+        raise NotImplementedError(
+            f"needs rows of up to {_MOST_CHUNKS * C} tokens, got {q.shape[1]}: give longer ones in "
+            "pieces, each from the state of the one before")
     if chunk_size not in (None, C):
         raise NotImplementedError(f"works by chunks of {C}, got chunk_size {chunk_size}")
     refuse_traced(scale)

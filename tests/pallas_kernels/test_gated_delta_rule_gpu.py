@@ -60,8 +60,8 @@ def test_keys_that_repeat_cost_no_precision(beta, monkeypatch):
     np.testing.assert_allclose(inverse, expected, atol=1e-4)
 
 
-def arguments(dtype=jnp.bfloat16, K=64, V=64):
-    array = lambda dtype, *width: jax.ShapeDtypeStruct((1, 10, 2, *width), dtype)
+def arguments(dtype=jnp.bfloat16, T=10, K=64, V=64):
+    array = lambda dtype, *width: jax.ShapeDtypeStruct((1, T, 2, *width), dtype)
     return dict(q=array(dtype, K), k=array(dtype, K), v=array(dtype, V), beta=array(jnp.float32))
 
 
@@ -77,6 +77,7 @@ def rule(q, k, v, beta, **options):
         ("NVIDIA H200", dict(dtype=jnp.float32), dict(), "needs v in bfloat16 .* got float32"),
         ("NVIDIA H200", dict(K=192), dict(), "needs K up to 128 .* got 192 and 64"),
         ("NVIDIA H200", dict(V=512), dict(), "V up to 256, got 64 and 512"),
+        ("NVIDIA H200", dict(T=2**22), dict(), "up to 4194240 tokens, got 4194304: give"),
         ("NVIDIA H200", dict(), dict(chunk_size=32), "by chunks of 64, got chunk_size 32"),
     ],
 )
