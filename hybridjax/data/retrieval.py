@@ -7,6 +7,7 @@ One question is RULER's S-NIAH, several its MQ-NIAH (arXiv 2404.06654), at the l
 
 import random
 from array import array
+from itertools import cycle, islice
 
 from hybridjax.config import UserError
 from hybridjax.data.hiding import (
@@ -42,7 +43,8 @@ class Haystack:
     ):
         """Args:
         alike: for each key so many others that differ from it in one letter.
-        decoys: so many words with the keys of facts and other values, but not the marks of a fact.
+        decoys: so many words that could be taken for facts: in turn one with a fact's key and
+            another value but none of its marks, and a number.
         together: this many facts lie side by side, so that one chunk holds several.
         text: hides the facts in this instead of the split's documents.
         """
@@ -119,15 +121,15 @@ class Haystack:
         """n facts of distinct keys, then the decoys."""
         spell, clues, answer = self._text.spell, [], (self.value_start, self.width - 1)
         keys = self._keys(rng, n)
-        for number in range(n + self._decoys):
-            value = rng.choices(self._text.digits, k=self.value_length)
-            word = [*keys[number % n], *spell(self._separator), *value]
-            if number < n:
-                fact, question = ([*spell(mark), *word, *spell(ENDS)] for mark in (STATES, ASKS))
-                clues.append(Clue(fact, question, ((*answer, number),)))
-            else:
-                before, after = self._text.window(rng, 1), self._text.window(rng, 1)
-                clues.append(Clue([*before, *word, *after]))
+        digits = lambda count: rng.choices(self._text.digits, k=count)
+        words = ([*key, *spell(self._separator), *digits(self.value_length)] for key in cycle(keys))
+        for number, word in enumerate(islice(words, n)):
+            fact, question = ([*spell(mark), *word, *spell(ENDS)] for mark in (STATES, ASKS))
+            clues.append(Clue(fact, question, ((*answer, number),)))
+        for number in range(self._decoys):
+            any_token = lambda: self._text.window(rng, 1)
+            named = [*any_token(), *next(words), *any_token()]
+            clues.append(Clue(digits(self.width) if number % 2 else named))
         return clues
 
     def _keys(self, rng: random.Random, n: int) -> list[list[int]]:

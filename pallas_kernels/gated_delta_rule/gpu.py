@@ -49,7 +49,6 @@ from pallas_kernels.gated_delta_rule.gpu_chunks import Weights
 from pallas_kernels.hopper import COLUMNS, C
 from pallas_kernels.linear_attention.chunks import in_chunks, within_documents
 
-
 _MOST_CHUNKS = 2**16 - 1  # of a row: CUDA's limit for a grid's second axis
 
 

@@ -137,16 +137,18 @@ def test_every_fact_is_asked_of_one_text(form):
 
 
 @pytest.mark.parametrize("dense", [False, True])
-def test_decoys_have_the_keys_of_facts_and_no_mark(form, dense):
+def test_decoys_have_the_keys_of_facts_but_no_mark_or_are_numbers(form, dense):
     haystack = Haystack(BYTES, "tune", decoys=6, text="." * 500, **form)
     rng = random.Random(3)
     example = haystack.dense(rng, 400, 3) if dense else haystack.needle(rng, 400, 3)
     text = BYTES.decode(example.tokens)
     facts = {m[1] for m in pattern("#", **form).finditer(text)}
     decoys = re.findall(pattern(".", **form).pattern.replace(";", r"\."), text)
-    assert len(facts) == 3 and len(decoys) == 6 and {key for key, _ in decoys} == facts
-    if not dense:
-        assert text.count(".") == 400 - (3 + 6 + 1) * haystack.width + 2 * 6
+    numbers = sum(map(len, re.findall(rf"[0-9]{{{haystack.width},}}", text)))
+    assert len(facts) == 3 and {key for key, _ in decoys} <= facts
+    # Of a dense row the places are drawn, and not every clue gets one.
+    assert 1 <= len(decoys) <= 3 and 1 <= numbers / haystack.width <= 3
+    assert dense or len(decoys) == numbers / haystack.width == 3
 
 
 def test_exact_match_needs_every_digit():
