@@ -73,7 +73,9 @@ class Block(nnx.Module):
             reads += [name for name in mixer.reads if name not in own]
             own += mixer.publishes
         counted = self.mlp is not None or any(m.adds for m in self.mixers)
-        return Letter(tuple(own), tuple(reads), counted)
+        bounds = [m.reach for m in self.mixers if m.adds and not m.reads]
+        window = None if None in bounds or not bounds else 1 + max(bounds)
+        return Letter(tuple(own), tuple(reads), counted, self.align, window)
 
     @property
     def align(self) -> int:

@@ -19,6 +19,8 @@ class Letter:
     publishes: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     counted: bool = True  # False: adds nothing to the stream, so it is not a layer
+    align: int = 1  # documents start at multiples of so many tokens
+    window: int | None = None  # tokens that it sees for itself, the own included; None: no bound
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +38,11 @@ def plan(layers: str, legend: Mapping[str, Letter]) -> tuple[Group, ...]:
     """The groups, in order, whose patterns have the fewest letters in all; then fewest groups.
 
     Raises:
-      UserError: an empty string, a letter that the legend lacks, a reader without a publisher.
+      UserError: an empty string, a letter that the legend lacks, a reader without a publisher or
+        with a smaller window than the publisher's chunks, chunks that do not divide the largest.
     """
     links = _links(layers, legend)
+    _check_chunks(layers, legend)
     best: list[tuple[int, int, tuple[Group, ...]]] = [(0, 0, ())]
     for stop in range(1, len(layers) + 1):
         options = []
@@ -75,9 +79,27 @@ def _links(layers: str, legend: Mapping[str, Letter]) -> list[tuple[int, int]]:
                     f"layer {index} ({letter!r}) of {layers!r} reads {name!r}, which no layer "
                     f"below it publishes: put a publisher before it"
                 )
+            chunk, window = legend[layers[nearest[name]]].align, legend[letter].window
+            if window is not None and window < chunk:
+                raise UserError(
+                    f"layer {index} ({letter!r}) of {layers!r} has a window of {window} tokens and "
+                    f"reads chunks of {chunk} once they are whole: give it a window of {chunk} or "
+                    "more, to see the unfinished one"
+                )
             links.append((nearest[name], index))
         nearest |= dict.fromkeys(legend[letter].publishes, index)
     return links
+
+
+def _check_chunks(layers: str, legend: Mapping[str, Letter]) -> None:
+    aligns = {letter: legend[letter].align for letter in layers}
+    largest = max(aligns.values())
+    for letter, align in aligns.items():
+        if largest % align:
+            raise UserError(
+                f"{letter!r} of {layers!r} has chunks of {align} tokens and documents start at "
+                f"multiples of {largest}: choose chunk sizes that divide the largest"
+            )
 
 
 def _visible(link: tuple[int, int], group: Group) -> bool:

@@ -63,6 +63,29 @@ FAULTS = {
 }
 
 
+CHUNKS = {
+    "E": Letter(publishes=("memory",), counted=False, align=16),
+    "e": Letter(publishes=("memory",), counted=False, align=24),
+    "F": Letter(publishes=("memory",), counted=False, align=8),
+    "H": Letter(reads=("memory",), window=16),
+    "h": Letter(reads=("memory",), window=12),
+    "A": Letter(reads=("memory",)),
+    "S": Letter(window=4),
+}
+
+
+def test_windows_hold_the_unfinished_chunk_and_chunks_divide_the_largest():
+    for layers in ("SEHA", "SFhEHA", "SeA", "FAeA"):
+        assert plan(layers, CHUNKS)
+    for layers, message in {
+        "SEHh": "layer 3 ('h') of 'SEHh' has a window of 12 tokens and reads chunks of 16 once",
+        "EAeA": "'E' of 'EAeA' has chunks of 16 tokens and documents start at multiples of 24",
+    }.items():
+        with pytest.raises(UserError) as error:
+            plan(layers, CHUNKS)
+        assert message in str(error.value) and "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("layers, message", FAULTS.values(), ids=FAULTS.keys())
 def test_faults_name_letter_and_position(layers, message):
     with pytest.raises(UserError) as error:
