@@ -126,8 +126,8 @@ class Haystack:
         for number, word in enumerate(islice(words, n)):
             fact, question = ([*spell(mark), *word, *spell(ENDS)] for mark in (STATES, ASKS))
             clues.append(Clue(fact, question, ((*answer, number),)))
+        any_token = lambda: self._text.window(rng, 1)
         for number in range(self._decoys):
-            any_token = lambda: self._text.window(rng, 1)
             named = [*any_token(), *next(words), *any_token()]
             clues.append(Clue(digits(self.width) if number % 2 else named))
         return clues
