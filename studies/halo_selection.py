@@ -8,8 +8,8 @@ in turn stays attention, is distilled and finetuned, and is measured, whatever t
 (arXiv 2601.22156, table 4, at toy scale). Every rule's pick is marked: a rule is good if its layer
 is as good as the best one. All linear, the choice of no layer, stands beside.
 
-There is a trap, and it is marked too: what HALO's rule picks after an `align` of a quarter of the
-steps, when a layer may look important that is only slow to align.
+There is a trap, and it is marked too: what HALO's rule picks after a shorter `align`, when a layer
+may look important that is only slow to align.
 
 Each cell is a conversion in `runs/halo_selection/`, whose numbers are kept in
 `docs/results/halo_selection/` (`halo_cells.py` has what cells share). The figure and its numbers go
@@ -24,7 +24,7 @@ from matplotlib import pyplot as plt
 
 DEPTH = 4  # of the tiny teacher
 STACKS = [stack_of([kept], DEPTH) for kept in range(DEPTH)] + [stack_of([], DEPTH)]
-SHORT = 100  # steps of the short `align`, of 400
+SHORT = (25, 50, 100)  # steps of a short `align`, of 400
 TIMES = 8  # the length, in teacher's lengths, at which layers are compared
 
 
@@ -37,7 +37,8 @@ def main() -> None:
     if not given.draw:
         for seed in seeds:
             score(seed)
-            score(seed, "short_scores", [f"align.steps={SHORT}"])
+            for steps in SHORT:
+                score(seed, f"align_{steps}", [f"align.steps={steps}"])
             for stack in STACKS:
                 convert(SELECTION, stack, seed, stack)
     draw(seeds)
@@ -56,10 +57,10 @@ def draw(seeds: list[int]) -> None:
             bars = [exact(r, model)[TIMES] if r else 0.0 for r in found.values()]
             ax.bar([x + 0.4 * i - 0.2 for x in range(len(bars))], bars, 0.4, label=model)
         picks = {s: [] for s in STACKS}
-        short = cell(SELECTION, "short_scores", seed)
         rules = dict(scores["kept"]) if scores else {}
-        if short:
-            rules[f"halo, align {SHORT}"] = short["kept"]["halo"]
+        for steps in SHORT:
+            if short := cell(SELECTION, f"align_{steps}", seed):
+                rules[f"halo, align {steps}"] = short["kept"]["halo"]
         for rule, kept in rules.items():
             picks[stack_of(kept, DEPTH)].append(rule)
         labels = ["\n".join([s if found[s] else f"{s} (not run)", *picks[s]]) for s in STACKS]
