@@ -28,6 +28,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.mosaic_tpu import LANES, NN, NT, as_column, call, dot, unknown_zero
 
+_VMEM = 40 * 2**20  # bytes: the default, 16 MiB, is too few for the scratch
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -283,7 +285,7 @@ def forward(plan, q, k, v, initial_state, weights, keep_states):
         [x for x in weights if x is not None] + [q, k, v, initial_state], shapes,
         (H // plan.heads, B, blocks), _scratch(
             plan, scores=(C, C), k=(K, C, q.dtype), p=(C, C, q.dtype), own=(C, V),
-            written=(K, V)))
+            written=(K, V)), vmem_limit_bytes=_VMEM)
 
 
 def backward(plan, q, k, v, do, dstate, states, weights, decay_gradient):
@@ -303,15 +305,19 @@ def backward(plan, q, k, v, do, dstate, states, weights, decay_gradient):
         inputs + ["K", "K", "V", "V", "state", "states"], outputs,
         [x for x in weights if x is not None] + [q, k, v, do, dstate, states], shapes,
         (H // plan.heads, B, blocks),
-        [*_scratch(plan), pltpu.VMEM((plan.chunks, plan.heads, K, V), q.dtype)])
+        [*_scratch(plan), pltpu.VMEM((plan.chunks, plan.heads, K, V), q.dtype)],
+        vmem_limit_bytes=_VMEM)
 
 
 def _scratch(plan, **per_head):
-    """The numbers of the keys, and what is kept of two chunks: shapes and types by name."""
+    """The numbers of the keys, and what is kept of each chunk: shapes and types by name."""
     C = plan.chunk
     keep = lambda rows, columns, dtype=jnp.float32, number=plan.heads: pltpu.VMEM(
         (plan.chunks, number, rows, columns), dtype)
-    scratch = dict(columns=keep(C, LANES, number=plan.rows),
-                   visible=pltpu.VMEM((plan.chunks, C, C), jnp.float32), decay=keep(C, C))
+    scratch = dict(columns=keep(C, LANES, number=plan.rows))
+    if plan.token_decay or plan.packed:
+        scratch["visible"] = pltpu.VMEM((plan.chunks, C, C), jnp.float32)
+    if plan.token_decay:
+        scratch["decay"] = keep(C, C)
     scratch |= {name: keep(*shape) for name, shape in per_head.items()}
     return [pltpu.VMEM((C, C), jnp.float32), scratch]
