@@ -73,10 +73,10 @@ class _Chunk:
     """
 
     def __init__(self, plan, index, rows_ref, intra_ref, keys_ref, scratch):
-        self.plan, self.index = plan, index
+        self.plan = plan
         self.rows, self.intra_ref, self.keys_ref = rows_ref.at[0, index, 0], intra_ref, keys_ref
         self.tokens = slice(index * plan.chunk, (index + 1) * plan.chunk)
-        self.again = unknown_zero()
+        self.again = unknown_zero()  # loads by it are not shared with those by 0
         self.scratch = {name: ref.at[self.again + index] for name, ref in scratch.items()}
 
     def at(self, head, width, block=0):
