@@ -16,6 +16,14 @@ def dot(a, b, contract):
                            precision=precision, preferred_element_type=jnp.float32)
 
 
+def unknown_zero():
+    """Zero, which the compiler cannot tell: an index of scratch whose contents are to stay in VMEM.
+
+    What is stored at places that it knows it would keep in registers, and spill.
+    """
+    return jnp.minimum(pl.program_id(0), 0)
+
+
 def as_column(row):
     """[1, C] -> [C, LANES], each number in all lanes."""
     return jnp.broadcast_to(row, (LANES, row.shape[1])).T

@@ -11,12 +11,14 @@ and, for gradients dO of the outputs and dS' of the state that leaves, with E = 
     dV = P^T dO + write . (K dS')     dS = keep dS' + Q^T (read . dO)
 
 A grid step takes several chunks of several heads: their matrix products are independent but for
-the states, and fill each other's latencies. The forward pass of a gradient keeps the state that
-enters each grid step; the backward pass recomputes those in between.
+the states, and fill each other's latencies. What one product leaves for another waits in VMEM, so
+that registers suffice; and what needs no state is done one chunk ahead. The forward pass of a
+gradient keeps the state that enters each grid step; the backward pass recomputes those in between.
 """
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.mosaic_tpu import LANES, NN, NT, as_column, call, dot
+from pallas_kernels.mosaic_tpu import LANES, NN, NT, as_column, call, dot, unknown_zero
+
+_VMEM = 40 * 2**20  # bytes: the default, 16 MiB, is too few for the scratch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,20 +72,22 @@ class _Chunk:
     Weights are rows (tokens are lanes) or columns (tokens are sublanes, repeated in all lanes).
     """
 
-    def __init__(self, plan, index, rows_ref, columns_ref, intra_ref):
-        self.plan, self.intra_ref = plan, intra_ref
-        self.rows, self.columns = rows_ref.at[0, index, 0], columns_ref.at[index]
+    def __init__(self, plan, index, rows_ref, intra_ref, keys_ref, scratch):
+        self.plan = plan
+        self.rows, self.intra_ref, self.keys_ref = rows_ref.at[0, index, 0], intra_ref, keys_ref
         self.tokens = slice(index * plan.chunk, (index + 1) * plan.chunk)
+        self.again = unknown_zero()  # loads by it are not shared with those by 0
+        self.scratch = {name: ref.at[self.again + index] for name, ref in scratch.items()}
 
-    def at(self, head, width):
-        return 0, self.tokens, slice(head * width, (head + 1) * width)
+    def at(self, head, width, block=0):
+        return block, self.tokens, slice(head * width, (head + 1) * width)
 
     def row(self, name, head):
         at = self.plan.row(name, head)
         return self.rows[at:at + 1]
 
     def column(self, name, head, width):
-        column = self.columns[self.plan.row(name, head)]
+        column = self.scratch["columns"][self.plan.row(name, head)]
         if width <= LANES:
             return column[:, :width]
         return jnp.concatenate([column] * (width // LANES), axis=1)
@@ -93,80 +99,104 @@ class _Chunk:
     def keep(self, head):
         return self.row("keep", head)[:, :1]
 
+    def prepare(self, names):
+        """The columns of the weights in `names`, and the decays from token to token."""
+        plan, columns = self.plan, self.scratch["columns"]
+        if plan.token_decay:
+            names += ("total", "rest") if plan.exact else ("total",)
+        rows = [plan.row(name, head) for head in range(plan.heads) for name in names]
+        for at in rows + [plan.row("first")] * plan.packed:
+            columns[at] = as_column(self.rows[at:at + 1])
+        if plan.token_decay or plan.packed:
+            first = self.column("first", 0, plan.chunk) if plan.packed else 0
+            shown, hidden = (0.0, -jnp.inf) if plan.token_decay else (1.0, 0.0)
+            self.scratch["visible"][...] = jnp.where(self.keys_ref[...] >= first, shown, hidden)
+        for head in range(plan.heads if plan.token_decay else 0):
+            difference = self.column("total", head, plan.chunk) - self.row("total", head)
+            if plan.exact:
+                difference += self.column("rest", head, plan.chunk) - self.row("rest", head)
+            visible = self.scratch["visible"][...]
+            self.scratch["decay"][head] = plan.scale * jnp.exp(difference + visible)
+
     def intra(self, head):
-        plan, C = self.plan, self.plan.chunk
-        if not plan.token_decay and not plan.packed:
-            return self.intra_ref[head]
-        j = lax.broadcasted_iota(jnp.int32, (C, C), 1)
-        inside = j <= lax.broadcasted_iota(jnp.int32, (C, C), 0)
-        if plan.packed:
-            inside &= j >= self.column("first", 0, C).astype(jnp.int32)
-        if not plan.token_decay:
-            return jnp.where(inside, self.intra_ref[head], 0)
-        difference = self.column("total", head, C) - self.row("total", head)
-        if plan.exact:
-            difference += self.column("rest", head, C) - self.row("rest", head)
-        return plan.scale * jnp.exp(jnp.where(inside, difference, -jnp.inf))
+        """The decays from token to token."""
+        if self.plan.token_decay:
+            return self.scratch["decay"][head]
+        intra = self.intra_ref[head]
+        return intra * self.scratch["visible"][...] if self.plan.packed else intra
 
 
-def _chunks_of_step(plan, names, weights_refs, columns_ref):
-    """The chunks of a grid step, with the weights in `names` turned into columns."""
+def _keys(C):
+    """The numbers of the keys that a query may see, -1 for others: [C, C]."""
+    i, j = (lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
+    return jnp.where(j <= i, j, -1).astype(jnp.float32)
+
+
+def _chunks_of_step(plan, weights_refs, keys_ref, scratch):
     rows_ref, *intra_ref = weights_refs
-    if plan.token_decay:
-        names += ("total", "rest") if plan.exact else ("total",)
-
-    def fill():
-        for index in range(plan.chunks):
-            for name in names:
-                for head in range(plan.heads):
-                    at = plan.row(name, head)
-                    columns_ref[index, at] = as_column(rows_ref[0, index, 0, at:at + 1])
-            if plan.packed:
-                at = plan.row("first")
-                columns_ref[index, at] = as_column(rows_ref[0, index, 0, at:at + 1])
-
-    step, last = pl.program_id(2), pl.num_programs(2) - 1
-    if plan.token_decay or plan.packed:
-        fill()
-    else:  # only the last block, which may be ragged, differs from the others
-        pl.when((step <= 1) | (step == last))(fill)
-    return [_Chunk(plan, index, rows_ref, columns_ref, *(intra_ref or [None]))
+    return [_Chunk(plan, index, rows_ref, *(intra_ref or [None]), keys_ref, scratch)
             for index in range(plan.chunks)]
+
+
+def _one_ahead(first, second, chunks):
+    """`first` and `second` of each chunk; `first` of the next one comes before `second`."""
+    first(chunks[0])
+    for chunk, later in itertools.zip_longest(chunks, chunks[1:]):
+        if later is not None:
+            first(later)
+        second(chunk)
 
 
 def _forward_kernel(plan, K, V, keep_states, *refs):
     weights_refs, refs = refs[:plan.weights], refs[plan.weights:]
-    q_ref, k_ref, v_ref, initial_ref, o_ref, state_ref, *states_ref, columns_ref = refs
+    q_ref, k_ref, v_ref, initial_ref, o_ref, state_ref, *states_ref, keys_ref, scratch = refs
+    narrow = lambda x: x.astype(q_ref.dtype)
 
     @pl.when(pl.program_id(2) == 0)
     def _():
         state_ref[...] = initial_ref[...]
+        keys_ref[...] = _keys(plan.chunk)
 
     if keep_states:
         states_ref[0][0] = state_ref[...]
-    for chunk in _chunks_of_step(plan, ("read",), weights_refs, columns_ref):
+
+    def first(chunk):
+        chunk.prepare(("read",))
         for head in range(plan.heads):
-            at_k, at_v = chunk.at(head, K), chunk.at(head, V)
-            q, k, v, state = q_ref[at_k], k_ref[at_k], v_ref[at_v], state_ref[0, head]
-            p = (dot(q, k, NT) * chunk.intra(head)).astype(v.dtype)
-            o = dot(p, v, NN)
-            o += chunk.column("read", head, V) * dot(q, state.astype(q.dtype), NN)
-            o_ref[at_v] = o.astype(o_ref.dtype)
-            k_written = chunk.transposed(k, "write", head)
-            kept = chunk.keep(head) * state_ref[0, head]  # read again: fewer registers
-            state_ref[0, head] = kept + dot(k_written, v, NN)
+            at = chunk.at(head, K)
+            chunk.scratch["scores"][head] = dot(q_ref[at], k_ref[at], NT)
+            chunk.scratch["k"][head] = k_ref[chunk.at(head, K, chunk.again)].T
+
+    def second(chunk):
+        scores, k, p, own, written = (
+            chunk.scratch[name] for name in ("scores", "k", "p", "own", "written"))
+        for head in range(plan.heads):
+            v = v_ref[chunk.at(head, V)]
+            p[head] = narrow(scores[head] * chunk.intra(head))
+            written[head] = dot(narrow(k[head] * chunk.row("write", head)), v, NN)
+            own[head] = dot(p[head], v, NN)
+        for head in range(plan.heads):
+            read = dot(q_ref[chunk.at(head, K)], narrow(state_ref[0, head]), NN)
+            o = own[head] + chunk.column("read", head, V) * read
+            o_ref[chunk.at(head, V)] = o.astype(o_ref.dtype)
+            state_ref[0, head] = chunk.keep(head) * state_ref[0, head] + written[head]
+
+    _one_ahead(first, second, _chunks_of_step(plan, weights_refs, keys_ref, scratch))
 
 
 def _backward_kernel(plan, K, V, decay_gradient, *refs):
     weights_refs, refs = refs[:plan.weights], refs[plan.weights:]
     (q_ref, k_ref, v_ref, do_ref, dlast_ref, states_ref,
-     dq_ref, dk_ref, dv_ref, dstate_ref, *dtotal_ref, columns_ref, state_ref) = refs
+     dq_ref, dk_ref, dv_ref, dstate_ref, *dtotal_ref, keys_ref, scratch, state_ref) = refs
 
     @pl.when(pl.program_id(2) == 0)
     def _():
         dstate_ref[...] = dlast_ref[...]
+        keys_ref[...] = _keys(plan.chunk)
 
-    chunks = _chunks_of_step(plan, ("read", "write"), weights_refs, columns_ref)
+    chunks = _chunks_of_step(plan, weights_refs, keys_ref, scratch)
+    for chunk in chunks:
+        chunk.prepare(("read", "write"))
     for head in range(plan.heads):
         state = states_ref[0, 0, head]
         state_ref[0, head] = state.astype(state_ref.dtype)
@@ -247,12 +277,15 @@ def forward(plan, q, k, v, initial_state, weights, keep_states):
     if keep_states:
         shapes.append(jax.ShapeDtypeStruct((B, blocks, H, K, V), jnp.float32))
         outputs.append("states")
+    C = plan.chunk
     kernel = functools.partial(_forward_kernel, plan, K, V, keep_states)
     return call(
         kernel, "linear_attention_forward", specs,
         inputs + ["K", "K", "V", "state"], outputs,
         [x for x in weights if x is not None] + [q, k, v, initial_state], shapes,
-        (H // plan.heads, B, blocks), [_columns(plan)])
+        (H // plan.heads, B, blocks), _scratch(
+            plan, scores=(C, C), k=(K, C, q.dtype), p=(C, C, q.dtype), own=(C, V),
+            written=(K, V)), vmem_limit_bytes=_VMEM)
 
 
 def backward(plan, q, k, v, do, dstate, states, weights, decay_gradient):
@@ -272,8 +305,19 @@ def backward(plan, q, k, v, do, dstate, states, weights, decay_gradient):
         inputs + ["K", "K", "V", "V", "state", "states"], outputs,
         [x for x in weights if x is not None] + [q, k, v, do, dstate, states], shapes,
         (H // plan.heads, B, blocks),
-        [_columns(plan), pltpu.VMEM((plan.chunks, plan.heads, K, V), q.dtype)])
+        [*_scratch(plan), pltpu.VMEM((plan.chunks, plan.heads, K, V), q.dtype)],
+        vmem_limit_bytes=_VMEM)
 
 
-def _columns(plan):
-    return pltpu.VMEM((plan.chunks, plan.rows, plan.chunk, LANES), jnp.float32)
+def _scratch(plan, **per_head):
+    """The numbers of the keys, and what is kept of each chunk: shapes and types by name."""
+    C = plan.chunk
+    keep = lambda rows, columns, dtype=jnp.float32, number=plan.heads: pltpu.VMEM(
+        (plan.chunks, number, rows, columns), dtype)
+    scratch = dict(columns=keep(C, LANES, number=plan.rows))
+    if plan.token_decay or plan.packed:
+        scratch["visible"] = pltpu.VMEM((plan.chunks, C, C), jnp.float32)
+    if plan.token_decay:
+        scratch["decay"] = keep(C, C)
+    scratch |= {name: keep(*shape) for name, shape in per_head.items()}
+    return [pltpu.VMEM((C, C), jnp.float32), scratch]

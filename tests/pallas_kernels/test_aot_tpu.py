@@ -3,6 +3,8 @@
 import importlib.util
 import itertools
 import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +92,16 @@ def test_odd_shapes_compile(chip, T, width, dtype, segments, decay, mesh_of):
     shape = SHAPES["tiny"]._replace(T=T, H=3, K=width, V=128, decay=decay)
     text = compile_gradients(mesh_of(chip), shape, jnp.dtype(dtype), segments)
     assert kernels(text) == {"forward", "backward"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decay", ["constant", "packed", "token, packed"])
+def test_forward_of_linear_attention_needs_no_spills(decay):
+    """In a process of its own: libtpu reads once where to leave its schedules."""
+    code = ("from benchmarks.static_kernels import CHOSEN, meter; op = 'linear_attention'; "
+            f"print(meter(op, 'v5e', CHOSEN['v5e'][op], 'forward', {decay!r})['spills'])")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == 0
 
 
 def test_tpu_kernels_are_the_default_on_tpu(mesh_of):
