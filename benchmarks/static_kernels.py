@@ -209,9 +209,8 @@ def table(results: dict) -> str:
         f"bfloat16, K = V = {K}, {H} heads (of the delta rule's q and k, {KEYS}). Cycles are per",
         "token and head; the backward pass of the delta rule computes its forward pass again. A",
         "tile is tokens per chunk x chunks x heads of a grid step; the one that is used is marked.",
-        "Static: waits for HBM are not timed and the bodies of `pl.when` count as taken (with a",
-        "constant decay, one that fills in weights runs in three grid steps only). `HBM` is the",
-        "time to move the arrays, in cycles at the assumed clock.",
+        "Static: waits for HBM are not timed and the bodies of `pl.when` count as taken. `HBM` is",
+        "the time to move the arrays, in cycles at the assumed clock.",
         "`XLA` is the compiler's estimate for `xla.py`, HBM time included.",
         "",
     ]
