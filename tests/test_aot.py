@@ -585,7 +585,7 @@ def test_a_fault_about_stages_is_one_line(flags, fault):
     assert fault in compile_(*flags).error
 
 
-@pytest.mark.parametrize("stage", ("align", "distill"))
+@pytest.mark.parametrize("stage", ("align", pytest.param("distill", marks=pytest.mark.slow)))
 def test_a_stage_of_a_conversion_on_simulated_devices(stage, tmp_path):
     out = tmp_path / "stage.json"
     done = compile_(

@@ -64,6 +64,7 @@ def execute(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_hypenet(tmp_path, execute):
     pictures, text = execute("hypenet.ipynb", HYPENET)
     assert len(pictures) == 3

@@ -35,6 +35,7 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path, finished, step):
     assert end_state(tmp_path) == end_state(finished)
 
 
+@pytest.mark.slow
 def test_a_crashed_run_resumes_bit_for_bit(tmp_path, finished):
     def crash(batch):
         raise KeyboardInterrupt

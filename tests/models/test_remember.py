@@ -101,6 +101,7 @@ def test_a_prefix_read_for_its_end_alone_goes_on_as_if_read_whole(
         np.testing.assert_allclose(after[i], expected[i, n : n + more], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_needles_are_judged_in_pieces_as_in_whole_rows(rng, monkeypatch):
     model, tokens = decoder("SEHhS"), rng.integers(1, VOCAB, (2, 43))
     monkeypatch.setattr(needle, "PIECE", PIECE)

@@ -209,6 +209,7 @@ def test_inside_shard_map(check_vma, rng, small_blocks):
         np.testing.assert_allclose(x, y, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_inside_vmap_scan_and_checkpoint(rng, small_blocks):
     arrays, _, _ = make(rng, T=20)
     q, k, v = (jnp.asarray(x, jnp.float32) for x in arrays)

@@ -235,6 +235,7 @@ def check_ties(implementation, dtype=np.float32):
     np.testing.assert_array_equal(indices[0, -1, 0], -np.sort(-best))
 
 
+@pytest.mark.slow
 def test_noise_is_gumbel_and_depends_on_the_key_and_places_only():
     words = noise.words(jax.random.key(0), jnp.arange(200)[None], 2)
     sample = np.asarray(noise.gumbel(words[..., None], jnp.arange(300)), np.float64)
