@@ -114,7 +114,9 @@ BASELINES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("preset", ["tiny", "mini", "345m"])
+@pytest.mark.parametrize(
+    "preset", ["tiny", "mini", pytest.param("345m", marks=pytest.mark.slow)]
+)
 def test_baselines_of_hsa_have_its_size(preset):
     plain = load("hsa", preset)
     layers = sum(letter != "E" for letter in plain.model.layers)

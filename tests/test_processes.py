@@ -455,6 +455,7 @@ def test_the_launcher_tells_its_usage(args):
     assert done.returncode == 2 and done.stderr.startswith("local.sh: usage: ")
 
 
+@pytest.mark.slow
 def test_the_launcher_ends_as_the_first_that_fails():
     began = time.monotonic()
     script = 'echo $JAX_NUM_CPU_DEVICES ${!#}; [[ ${!#} == *1 ]] && exit 7; trap "" TERM; sleep 60'

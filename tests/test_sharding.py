@@ -282,20 +282,17 @@ SPLIT = {
     "more tensor, context": MeshConfig(data=1, tensor=4, context=2),
     "no context": MeshConfig(data=2, fsdp=2, tensor=2),
 }
-DEFAULT = {("HypeNet", "context")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layers, mesh",
     [
-        pytest.param(
-            layers, mesh, id=f"{layers} {name}",
-            marks=() if (layers, name) in DEFAULT else pytest.mark.slow,
-        )
+        pytest.param(layers, mesh, id=f"{layers} {name}")
         for layers in STACKS
         for name, mesh in SPLIT.items()
     ],
-)  # fmt: skip
+)
 def test_ten_steps_with_rows_split_over_devices(layers, mesh):
     losses, gradients = ten_steps(layers, make_mesh(mesh))
     expected, expected_gradients = ten_steps_alone(layers)

@@ -100,6 +100,7 @@ def test_the_length_may_not_change_under_a_schedule_that_used_it(finished):
 # ---------------------------------------------------------------- numbers that are not finite
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, finished):
     with at(5, lambda batch: batch["loss_weights"].fill(np.nan)):
         done = train(tmp_path)

@@ -44,17 +44,14 @@ def extend(stack, x, state):
     return stack.extend(x, state, Context(positions, jnp.ones_like(positions)))
 
 
-DEFAULT = {("hsa", "8", "host")}
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, mesh, chunks",
     [
-        pytest.param(*case, marks=() if case in DEFAULT else pytest.mark.slow)
+        (name, mesh, chunks)
         for name in ("hsa", "hsa-joint", "hsa-stick")
         for mesh in MESHES
         for chunks in ("device", "host")
-        for case in [(name, mesh, chunks)]
     ],
 )
 def test_a_split_memory_is_read_as_the_whole(rng, monkeypatch, name, mesh, chunks):

@@ -122,7 +122,8 @@ def continued(model, rows, chunks_on_host, more):
     return outs, state
 
 
-@pytest.mark.parametrize("more", [0, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [0, 4])
 def test_chunks_on_the_host_give_the_same_bits(rng, monkeypatch, more):
     """One row has more chunks than stay on the device; the state's size is its formula."""
     recent = 2

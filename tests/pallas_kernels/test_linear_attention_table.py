@@ -20,7 +20,7 @@ def test_xla(case, monkeypatch):
     assert_is_the_oracle(case, "xla")
 
 
-@pytest.mark.parametrize("case", first(2))
+@pytest.mark.parametrize("case", first(1))
 def test_tpu_interpreted(case, monkeypatch):
     monkeypatch.setattr(tpu, "target_platform", lambda: "tpu")
     monkeypatch.setattr(tpu, "target_kind", lambda: "TPU v5p")
