@@ -211,8 +211,8 @@ def test_4_right_padding_changes_no_output(mixer, rng):
     x = stream(rng, 2, LENGTH)
     segments = jnp.asarray([[1] * 11 + [0] * (LENGTH - 11), [1] * LENGTH])
     y = parallel(mixer, x, rows(x, segments=segments))
-    close(y[1], parallel(mixer, x, rows(x))[1])
     close(y[0, :11], parallel(mixer, x[:1, :11], rows(x[:1, :11]))[0])
+    close(y[1], parallel(mixer, x[1:], rows(x[1:]))[0])
 
 
 def test_4_right_padding_changes_no_state(mixer, rng):
@@ -269,7 +269,7 @@ def test_5_sharded_is_unsharded(mixer, rng, mesh):
 
 def test_6_bf16_is_near_f32(mixer, rng):
     # With chunks no more than are chosen: rounding may turn a choice, and that is not near.
-    x = stream(rng, 2, LENGTH if mixer.align == 1 else 3 * mixer.align)
+    x = stream(rng, 2, 40 if mixer.align == 1 else 3 * mixer.align)
     exact = parallel(mixer, x, rows(x))
     y = parallel(mixer, x.astype(jnp.bfloat16), rows(x))
     assert y.dtype == jnp.bfloat16

@@ -63,6 +63,13 @@ FAULTS = {
 }
 
 
+@pytest.mark.parametrize("layers, message", FAULTS.values(), ids=FAULTS.keys())
+def test_faults_name_letter_and_position(layers, message):
+    with pytest.raises(UserError) as error:
+        plan(layers, LEGEND)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
 CHUNKS = {
     "E": Letter(publishes=("memory",), counted=False, align=16),
     "e": Letter(publishes=("memory",), counted=False, align=24),
@@ -84,13 +91,6 @@ def test_windows_hold_the_unfinished_chunk_and_chunks_divide_the_largest():
         with pytest.raises(UserError) as error:
             plan(layers, CHUNKS)
         assert message in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("layers, message", FAULTS.values(), ids=FAULTS.keys())
-def test_faults_name_letter_and_position(layers, message):
-    with pytest.raises(UserError) as error:
-        plan(layers, LEGEND)
-    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 # ---------------------------------------------------------------- the fewest bodies
