@@ -52,9 +52,6 @@ TILES = {
     "linear_attention": [(128, 1, 1), (128, 1, 4), (128, 4, 4), (256, 2, 4)],
     "gated_delta_rule": [(128, 1, 4), (128, 2, 4), (64, 4, 4)],
 }
-NARROW = dict(linear_attention=(128, 4, 4), gated_delta_rule=(128, 2, 4))
-WIDE = dict(linear_attention=(256, 2, 4), gated_delta_rule=(128, 2, 4))  # matrix units of 256
-CHOSEN = {"v5e": NARROW, "v5p": NARROW, "v6e": WIDE, "tpu7x": WIDE}
 KINDS = {
     "constant": dict(token_decay=False, packed=False),
     "packed": dict(token_decay=False, packed=True),
@@ -68,6 +65,14 @@ MOVED = {
 }
 UNITS = {"MXU": "matrix unit", "XLU": "transposes", "VECTOR_ALU": "vector ALU",
          "VECTOR_LOAD": "loads", "VECTOR_STORE": "stores", "VECTOR_EUP": "exponentials"}
+
+
+def tile_in_use(op: str, chip: str, direction: str) -> tuple[int, int, int]:
+    """Tokens per chunk, chunks and heads of a grid step, as `tpu.py` chooses them."""
+    if op == "gated_delta_rule":
+        return 128, 2, 4
+    wide = direction == "backward" and chip in ("v6e", "tpu7x")  # matrix units of 256
+    return (256, 2, 4) if wide else (128, 4, 4)
 
 
 def compile_for(chip: str, f, *args):
@@ -233,7 +238,7 @@ def line_of(row: dict, results: dict) -> str:
     bound = results["hbm"][op][chip][direction]
     return (
         f"| {chip} | {direction} | {row['decay']} | {' x '.join(map(str, tile))}"
-        f"{' (used)' if tile == CHOSEN[chip][op] else ''} | {row['cycles_per_token']:.2f} | "
+        f"{' (used)' if tile == tile_in_use(op, chip, direction) else ''} | {row['cycles_per_token']:.2f} | "
         f"{'' if bound is None else bound} | {results['xla'][op][chip][direction]} | "
         f"{row['matrix_unit']:.2f} | {row['spills']} | "
         f"{row['busiest']} {row['busiest_share']:.2f} |")
@@ -261,7 +266,7 @@ def main():
             results[key].setdefault(op, {})[chip] = {
                 direction: figure(op, chip, direction) for direction in MOVED[op]}
         for direction in MOVED[op]:
-            used = CHOSEN[chip][op]
+            used = tile_in_use(op, chip, direction)
             runs = [(used, kind) for kind in DECAYS[op]]
             if chip in args.sweep:
                 runs += [(tile, DECAYS[op][0]) for tile in TILES[op] if tile != used]
