@@ -236,9 +236,10 @@ def line_of(row: dict, results: dict) -> str:
     op, chip, direction = row["op"], row["chip"], row["direction"]
     tile = row["chunk"], row["chunks"], row["heads"]
     bound = results["hbm"][op][chip][direction]
+    used = " (used)" if tile == tile_in_use(op, chip, direction) else ""
     return (
-        f"| {chip} | {direction} | {row['decay']} | {' x '.join(map(str, tile))}"
-        f"{' (used)' if tile == tile_in_use(op, chip, direction) else ''} | {row['cycles_per_token']:.2f} | "
+        f"| {chip} | {direction} | {row['decay']} | {' x '.join(map(str, tile))}{used} | "
+        f"{row['cycles_per_token']:.2f} | "
         f"{'' if bound is None else bound} | {results['xla'][op][chip][direction]} | "
         f"{row['matrix_unit']:.2f} | {row['spills']} | "
         f"{row['busiest']} {row['busiest_share']:.2f} |")
