@@ -52,6 +52,7 @@ TILES = {
     "linear_attention": [(128, 1, 1), (128, 1, 4), (128, 4, 4), (256, 2, 4)],
     "gated_delta_rule": [(128, 1, 4), (128, 2, 4), (64, 4, 4)],
 }
+USED = dict(linear_attention=(128, 4, 4), gated_delta_rule=(128, 2, 4))  # by `tpu.py`
 KINDS = {
     "constant": dict(token_decay=False, packed=False),
     "packed": dict(token_decay=False, packed=True),
@@ -65,14 +66,6 @@ MOVED = {
 }
 UNITS = {"MXU": "matrix unit", "XLU": "transposes", "VECTOR_ALU": "vector ALU",
          "VECTOR_LOAD": "loads", "VECTOR_STORE": "stores", "VECTOR_EUP": "exponentials"}
-
-
-def tile_in_use(op: str, chip: str, direction: str) -> tuple[int, int, int]:
-    """Tokens per chunk, chunks and heads of a grid step, as `tpu.py` chooses them."""
-    if op == "gated_delta_rule":
-        return 128, 2, 4
-    wide = direction == "backward" and chip in ("v6e", "tpu7x")  # matrix units of 256
-    return (256, 2, 4) if wide else (128, 4, 4)
 
 
 def compile_for(chip: str, f, *args):
@@ -236,7 +229,7 @@ def line_of(row: dict, results: dict) -> str:
     op, chip, direction = row["op"], row["chip"], row["direction"]
     tile = row["chunk"], row["chunks"], row["heads"]
     bound = results["hbm"][op][chip][direction]
-    used = " (used)" if tile == tile_in_use(op, chip, direction) else ""
+    used = " (used)" if tile == USED[op] else ""
     return (
         f"| {chip} | {direction} | {row['decay']} | {' x '.join(map(str, tile))}{used} | "
         f"{row['cycles_per_token']:.2f} | "
@@ -267,10 +260,9 @@ def main():
             results[key].setdefault(op, {})[chip] = {
                 direction: figure(op, chip, direction) for direction in MOVED[op]}
         for direction in MOVED[op]:
-            used = tile_in_use(op, chip, direction)
-            runs = [(used, kind) for kind in DECAYS[op]]
+            runs = [(USED[op], kind) for kind in DECAYS[op]]
             if chip in args.sweep:
-                runs += [(tile, DECAYS[op][0]) for tile in TILES[op] if tile != used]
+                runs += [(tile, DECAYS[op][0]) for tile in TILES[op] if tile != USED[op]]
             for tile, kind in runs:
                 results["rows"].append(meter(op, chip, tile, direction, kind))
                 print(json.dumps(results["rows"][-1]), flush=True)

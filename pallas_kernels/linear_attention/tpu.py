@@ -5,10 +5,8 @@ given to the kernels as weights. They take q, k, v as `[B, T, H K]`, heads as la
 transposed on the way in or out.
 """
 
-import dataclasses
 import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +15,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels.arguments import refuse_traced
-from pallas_kernels.dispatch import target_kind, target_platform
+from pallas_kernels.dispatch import target_platform
 from pallas_kernels.documents import first_of_document
 from pallas_kernels.linear_attention import tpu_kernels
 from pallas_kernels.linear_attention.chunks import in_chunks, running_sum, within_documents
@@ -36,30 +34,20 @@ def linear_attention(q, k, v, decay, *, scale, initial_state, segments, output_f
         raise NotImplementedError(
             f"needs q, k, v all bfloat16 or all float32, got {q.dtype}, {k.dtype}, {v.dtype}")
     refuse_traced(scale)
-    plans = _plans(T, H, K, V, q.dtype, scale, decay, segments, chunk_size)
-    padded = [flat(x, plans.forward.block) for x in (q, k, v)]
+    plan = _plan(T, H, K, V, q.dtype, scale, decay, segments, chunk_size)
+    padded = [flat(x, plan.block) for x in (q, k, v)]
     if initial_state is None:
         initial_state = jnp.zeros((B, H, K, V), jnp.float32)
     initial_state = jnp.pad(initial_state.astype(jnp.float32),
                             ((0, 0), (0, 0), (0, -K % LANES), (0, -V % LANES)))
-    total, backward = _decays(plans.backward, T, decay, segments)
-    same = plans.forward == plans.backward
-    weights = backward if same else _decays(plans.forward, T, decay, segments)[1]
-    o, state = _attend(plans, *padded, initial_state, jnp.asarray(total), (weights, backward))
+    total, rest = _running_decay(decay, plan, T, segments)
+    weights = _weights(plan, lax.stop_gradient(decay), lax.stop_gradient(total), rest, segments)
+    o, state = _attend(plan, *padded, initial_state, jnp.asarray(total), weights)
     return o.reshape(B, -1, H, V + -V % LANES)[:, :T, :, :V], state[..., :K, :V]
 
 
-class Plans(NamedTuple):
-    """Those of the two directions: blocks are the same, chunks need not be."""
-
-    forward: Plan
-    backward: Plan
-
-
-def _plans(T, H, K, V, dtype, scale, decay, segments, chunk_size):
-    matrix_unit = 256 if target_kind().startswith(("TPU v6", "TPU7", "TPU v7")) else 128
-    wide = dtype == jnp.bfloat16 and matrix_unit == 256
-    chunk = chunk_size or min(256 if wide else 128, max(16, 1 << (T - 1).bit_length()))
+def _plan(T, H, K, V, dtype, scale, decay, segments, chunk_size):
+    chunk = chunk_size or min(128, max(16, 1 << (T - 1).bit_length()))
     if chunk % 16 or chunk > 256:
         raise NotImplementedError(f"needs chunk_size a multiple of 16 up to 256, got {chunk}")
     # 512 tokens of 4 heads hide the latencies; float32 has six times the matrix products.
@@ -68,19 +56,8 @@ def _plans(T, H, K, V, dtype, scale, decay, segments, chunk_size):
         most_heads //= 2
     heads = max(n for n in range(1, most_heads + 1) if H % n == 0)
     chunks = min(most_chunks, max(1, 128 * most_chunks // chunk), math.ceil(T / chunk))
-    backward = Plan(heads, chunk, chunks, scale, decay.ndim == 3, segments is not None,
-                    dtype == jnp.float32)
-    # Forward, the products of chunks of 256 have larger results than they save in latencies.
-    chunk = chunk_size or min(128, chunk)
-    forward = dataclasses.replace(backward, chunk=chunk, chunks=backward.block // chunk)
-    return Plans(forward, backward)
-
-
-def _decays(plan, T, decay, segments):
-    """The running decay, and what the kernels read of it: gradients go by the former."""
-    total, rest = _running_decay(decay, plan, T, segments)
-    decay, constant = lax.stop_gradient((decay, total))
-    return total, _weights(plan, decay, constant, rest, segments)
+    return Plan(heads, chunk, chunks, scale, decay.ndim == 3, segments is not None,
+                dtype == jnp.float32)
 
 
 def _running_decay(decay, plan, T, segments):
@@ -133,28 +110,26 @@ def _weights(plan, decay, total, rest, segments):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plans, q, k, v, initial_state, total, weights):
+def _attend(plan, q, k, v, initial_state, total, weights):
     del total  # a name for the decay's gradient
-    return tpu_kernels.forward(
-        plans.forward, q, k, v, initial_state, weights[0], keep_states=False)
+    return tpu_kernels.forward(plan, q, k, v, initial_state, weights, keep_states=False)
 
 
-def _attend_forward(plans, q, k, v, initial_state, total, weights):
+def _attend_forward(plan, q, k, v, initial_state, total, weights):
     perturbed = total.perturbed
     q, k, v, initial_state, total = (x.value for x in (q, k, v, initial_state, total))
-    weights, backward = jax.tree.map(lambda x: x.value, weights)
-    o, state, states = tpu_kernels.forward(
-        plans.forward, q, k, v, initial_state, weights, keep_states=True)
+    weights = jax.tree.map(lambda x: x.value, weights)
+    o, state, states = tpu_kernels.forward(plan, q, k, v, initial_state, weights, keep_states=True)
     rows = total.shape[:1] if perturbed else None
-    return (o, state), (q, k, v, states, backward, jnp.zeros(rows) if perturbed else None)
+    return (o, state), (q, k, v, states, weights, jnp.zeros(rows) if perturbed else None)
 
 
-def _attend_backward(plans, kept, gradients):
+def _attend_backward(plan, kept, gradients):
     q, k, v, states, weights, rows = kept
     do, dstate = (jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x
                   for x in gradients)
     dq, dk, dv, dstate, *dtotal = tpu_kernels.backward(
-        plans.backward, q, k, v, do, dstate, states, weights, decay_gradient=rows is not None)
+        plan, q, k, v, do, dstate, states, weights, decay_gradient=rows is not None)
     if rows is not None:
         [dtotal] = dtotal
         B, N, G, heads, C = dtotal.shape

@@ -73,7 +73,7 @@ class _Chunk:
     """
 
     def __init__(self, plan, index, rows_ref, intra_ref, keys_ref, scratch):
-        self.plan = plan
+        self.plan, self.index = plan, index
         self.rows, self.intra_ref, self.keys_ref = rows_ref.at[0, index, 0], intra_ref, keys_ref
         self.tokens = slice(index * plan.chunk, (index + 1) * plan.chunk)
         self.again = unknown_zero()  # loads by it are not shared with those by 0
@@ -91,10 +91,6 @@ class _Chunk:
         if width <= LANES:
             return column[:, :width]
         return jnp.concatenate([column] * (width // LANES), axis=1)
-
-    def transposed(self, x, name, head):
-        """x^T with its tokens weighted."""
-        return (x.T * self.row(name, head)).astype(x.dtype)
 
     def keep(self, head):
         return self.row("keep", head)[:, :1]
@@ -187,7 +183,8 @@ def _forward_kernel(plan, K, V, keep_states, *refs):
 def _backward_kernel(plan, K, V, decay_gradient, *refs):
     weights_refs, refs = refs[:plan.weights], refs[plan.weights:]
     (q_ref, k_ref, v_ref, do_ref, dlast_ref, states_ref,
-     dq_ref, dk_ref, dv_ref, dstate_ref, *dtotal_ref, keys_ref, scratch, state_ref) = refs
+     dq_ref, dk_ref, dv_ref, dstate_ref, *dtotal_ref, keys_ref, scratch) = refs
+    narrow = lambda x: x.astype(q_ref.dtype)
 
     @pl.when(pl.program_id(2) == 0)
     def _():
@@ -195,55 +192,89 @@ def _backward_kernel(plan, K, V, decay_gradient, *refs):
         keys_ref[...] = _keys(plan.chunk)
 
     chunks = _chunks_of_step(plan, weights_refs, keys_ref, scratch)
-    for chunk in chunks:
+    chunks[0].scratch["state"][...] = states_ref[0, 0]
+    for chunk, after in itertools.pairwise(chunks):
+        state, transposed = chunk.scratch["state"], chunk.scratch["transposed"]
+        for head in range(plan.heads):
+            transposed[head] = k_ref[chunk.at(head, K)].T
+        for head in range(plan.heads):
+            k_write = narrow(transposed[head] * chunk.row("write", head))
+            written = dot(k_write, v_ref[chunk.at(head, V)], NN)
+            after.scratch["state"][head] = chunk.keep(head) * state[head] + written
+
+    def first(chunk):
         chunk.prepare(("read", "write"))
-    for head in range(plan.heads):
-        state = states_ref[0, 0, head]
-        state_ref[0, head] = state.astype(state_ref.dtype)
-        for index, chunk in enumerate(chunks[:-1]):
-            k_written = chunk.transposed(k_ref[chunk.at(head, K)], "write", head)
-            state = chunk.keep(head) * state + dot(k_written, v_ref[chunk.at(head, V)], NN)
-            state_ref[index + 1, head] = state.astype(state_ref.dtype)
-    for index, chunk in reversed(list(enumerate(chunks))):
         for head in range(plan.heads):
             at_k, at_v = chunk.at(head, K), chunk.at(head, V)
-            q, k, v, do = q_ref[at_k], k_ref[at_k], v_ref[at_v], do_ref[at_v]
-            state, dstate = state_ref[index, head], dstate_ref[0, head]
-            read = functools.partial(chunk.column, "read", head)
-            write = functools.partial(chunk.column, "write", head)
-            narrow = dstate.astype(q.dtype)
-            intra = chunk.intra(head)
-            p, e = dot(q, k, NT) * intra, dot(do, v, NT)
-            moments = p * e if decay_gradient else None
-            p, e = p.astype(q.dtype), (e * intra).astype(q.dtype)
-            dv = dot(p.T, do, NN) + write(V) * dot(k, narrow, NN)
-            dv_ref[at_v] = dv.astype(dv_ref.dtype)
-            dq_read, dk_write = read(K) * dot(do, state, NT), write(K) * dot(v, narrow, NT)
-            dq_ref[at_k] = (dot(e, k, NN) + dq_read).astype(dq_ref.dtype)
-            dk_ref[at_k] = (dot(e.T, q, NN) + dk_write).astype(dk_ref.dtype)
-            dkept = chunk.keep(head) * dstate
-            dstate_ref[0, head] = dkept + dot(chunk.transposed(q, "read", head), do, NN)
+            chunk.scratch["scores"][head] = dot(q_ref[at_k], k_ref[at_k], NT)
+            chunk.scratch["e"][head] = dot(do_ref[at_v], v_ref[at_v], NT)
+            chunk.scratch["transposed"][head] = q_ref[chunk.at(head, K, chunk.again)].T
+
+    def own(chunk, head):
+        """What needs no gradient of a state."""
+        at_k, at_v = chunk.at(head, K), chunk.at(head, V)
+        scores, e, transposed, p, narrow_e, state, dk, dv, dstate = (
+            chunk.scratch[name].at[head] for name in (
+                "scores", "e", "transposed", "p", "narrow_e", "state", "dk", "dv", "dstate"))
+        p[...] = narrow(scores[...] * chunk.intra(head)).T
+        narrow_e[...] = narrow(e[...] * chunk.intra(head))
+        dv[...] = dot(p[...], do_ref[at_v], NN)
+        dq_read = chunk.column("read", head, K) * dot(do_ref[at_v], narrow(state[...]), NT)
+        dq_ref[at_k] = (dot(narrow_e[...], k_ref[at_k], NN) + dq_read).astype(dq_ref.dtype)
+        dk[...] = dot(narrow_e[...].T, q_ref[at_k], NN)
+        q_read = narrow(transposed[...] * chunk.row("read", head))
+        dstate[...] = dot(q_read, do_ref[at_v], NN)
+        if decay_gradient:
+            moments = _strictly_lower(scores[...] * (e[...] * chunk.intra(head)))
+            chunk.scratch["reaching"][head] = _in_lanes(moments) + _in_lanes(dq_read * q_ref[at_k])
+            dtotal_ref[0][0, chunk.index, 0, head:head + 1] = -jnp.sum(
+                moments, axis=0, keepdims=True)
+
+    def second(chunk):
+        for head in range(plan.heads):
+            own(chunk, head)
+        for head in range(plan.heads):
+            at_k, at_v = chunk.at(head, K), chunk.at(head, V)
+            state, dk, dv, dstate = (
+                chunk.scratch[name].at[head] for name in ("state", "dk", "dv", "dstate"))
+            write, dafter = functools.partial(chunk.column, "write", head), dstate_ref[0, head]
+            dv_write = write(V) * dot(k_ref[at_k], narrow(dafter), NN)
+            dv_ref[at_v] = (dv[...] + dv_write).astype(dv_ref.dtype)
+            dk_write = write(K) * dot(v_ref[at_v], narrow(dafter), NT)
+            dk_ref[at_k] = (dk[...] + dk_write).astype(dk_ref.dtype)
+            dkept = chunk.keep(head) * dafter
+            dstate_ref[0, head] = dkept + dstate[...]
             if decay_gradient:
-                dtotal_ref[0][0, index, 0, head:head + 1] = _decay_gradient(
-                    moments, dq_read * q, dk_write * k, jnp.sum(dkept * state))
+                dtotal_ref[0][0, chunk.index, 0, head:head + 1] += _decay_gradient(
+                    chunk.scratch["reaching"][head], _in_lanes(dk_write * k_ref[at_k]),
+                    jnp.sum(dkept * state[...]))
+
+    _one_ahead(first, second, chunks[::-1])
 
 
-def _decay_gradient(moments, read, written, kept):
-    """The gradient by the running decay of a chunk's tokens, as a row."""
-    C = len(moments)
-    i, j = (lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
-    # What a token gives to itself, and the last one to the state, would cancel but for rounding.
-    moments = jnp.where(j < i, moments, 0)
-    read, written = (jnp.sum(x, axis=1, keepdims=True) for x in (read, written))
-    written = jnp.where(i[:, :1] < C - 1, written, 0)
-    column = jnp.sum(moments, axis=1, keepdims=True) + read - written
-    row = _row(column) - jnp.sum(moments, axis=0, keepdims=True)
-    last = lax.broadcasted_iota(jnp.int32, row.shape, 1) == C - 1
+def _strictly_lower(x):
+    """Without the diagonal: what a token gives to itself would cancel but for rounding."""
+    i, j = (lax.broadcasted_iota(jnp.int32, x.shape, axis) for axis in (0, 1))
+    return jnp.where(j < i, x, 0)
+
+
+def _decay_gradient(reaching, written, kept):
+    """The gradient by the running decay of a chunk's tokens, as a row.
+
+    Of what reaches them and of what they write to the state: the sums of rows [C, LANES]. The last
+    one decays all that the state holds; what it writes itself would cancel but for rounding.
+    """
+    C = len(written)
+    written = jnp.where(lax.broadcasted_iota(jnp.int32, written.shape, 0) < C - 1, written, 0)
+    last = lax.broadcasted_iota(jnp.int32, (1, C), 1) == C - 1
+    row = jnp.sum((reaching - written).T, axis=0, keepdims=True)
     return row + jnp.where(last, kept + jnp.sum(written), 0)
 
 
-def _row(column):
-    return jnp.broadcast_to(column, (len(column), LANES)).T[:1]
+def _in_lanes(x):
+    """[C, LANES] whose rows have the sums of those of x: one transpose then does for several."""
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % LANES)))
+    return sum(x[:, i:i + LANES] for i in range(0, x.shape[1], LANES))
 
 
 def _specs(plan, B, T, H, K, V, weights, block_of):
@@ -299,13 +330,17 @@ def backward(plan, q, k, v, do, dstate, states, weights, decay_gradient):
         shapes.append(jax.ShapeDtypeStruct(
             (B, T // plan.chunk, H // plan.heads, plan.heads, plan.chunk), jnp.float32))
         outputs.append("dtotal")
+    C = plan.chunk
+    reaching = dict(reaching=(C, LANES)) if decay_gradient else {}
     kernel = functools.partial(_backward_kernel, plan, K, V, decay_gradient)
     return call(
         kernel, "linear_attention_backward", specs,
         inputs + ["K", "K", "V", "V", "state", "states"], outputs,
         [x for x in weights if x is not None] + [q, k, v, do, dstate, states], shapes,
-        (H // plan.heads, B, blocks),
-        [*_scratch(plan), pltpu.VMEM((plan.chunks, plan.heads, K, V), q.dtype)],
+        (H // plan.heads, B, blocks), _scratch(
+            plan, state=(K, V), transposed=(K, C, q.dtype), scores=(C, C), e=(C, C),
+            p=(C, C, q.dtype), narrow_e=(C, C, q.dtype), dk=(C, K), dv=(C, V), dstate=(K, V),
+            **reaching),
         vmem_limit_bytes=_VMEM)
 
 

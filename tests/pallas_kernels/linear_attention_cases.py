@@ -63,10 +63,6 @@ def name(case):
 
 
 TABLE = {name(case): case for case in pairwise(FACTORS, 150)}
-# Long enough for the chunks that an implementation chooses itself.
-LONG = {name(case): case for case in [
-    dict(T=300, widths=(64, 64), heads=2, decay="token", documents="packed", initial_state=True,
-         dtype="bfloat16", chunk_size=None)]}
 
 
 def segments_of(documents, T):
@@ -104,8 +100,7 @@ def make(case):
     constant = case["decay"] == "constant"
     if not constant:
         arrays["decay"] = decay.astype(np.float32).astype(np.float64)
-    options = dict(segments=segments_of(case["documents"], T),
-                   chunk_size=case.get("chunk_size", CHUNK))
+    options = dict(segments=segments_of(case["documents"], T), chunk_size=CHUNK)
     weights = rounded(normal(B, T, H, V)), normal(B, H, K, V)
     return arrays, weights, options, decay if constant else None
 
@@ -132,13 +127,12 @@ def run(case, implementation):
 @functools.cache
 def expected(case_name):
     with jax.enable_x64(True):
-        oracle = run((TABLE | LONG)[case_name], "reference")
-    return {key: np.asarray(x) for key, x in oracle.items()}
+        return {key: np.asarray(x) for key, x in run(TABLE[case_name], "reference").items()}
 
 
 def assert_is_the_oracle(case_name, implementation):
     """Root mean squares of the errors, relative to the value or 1e-3 of the largest gradient."""
-    case, oracle = (TABLE | LONG)[case_name], expected(case_name)
+    case, oracle = TABLE[case_name], expected(case_name)
     got = run(case, implementation)
     assert got.keys() == oracle.keys()
     rms = lambda x: np.sqrt(np.mean(np.asarray(x, np.float64) ** 2))

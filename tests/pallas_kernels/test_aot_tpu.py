@@ -99,9 +99,8 @@ def test_odd_shapes_compile(chip, T, width, dtype, segments, decay, mesh_of):
     ("v5e", "constant"), ("v5e", "packed"), ("v5e", "token, packed"), ("v6e", "constant")])
 def test_forward_of_linear_attention_needs_no_spills(chip, decay):
     """In a process of its own: libtpu reads once where to leave its schedules."""
-    code = ("from benchmarks.static_kernels import meter, tile_in_use; "
-            f"run = 'linear_attention', {chip!r}; "
-            f"print(meter(*run, tile_in_use(*run, 'forward'), 'forward', {decay!r})['spills'])")
+    code = ("from benchmarks.static_kernels import USED, meter; op = 'linear_attention'; "
+            f"print(meter(op, {chip!r}, USED[op], 'forward', {decay!r})['spills'])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) == 0
 
