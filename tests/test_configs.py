@@ -115,7 +115,7 @@ BASELINES = (
 
 
 @pytest.mark.parametrize(
-    "preset", ["tiny", "mini", pytest.param("345m", marks=pytest.mark.slow)]
+    "preset", ["tiny", *(pytest.param(x, marks=pytest.mark.slow) for x in ("mini", "345m"))]
 )
 def test_baselines_of_hsa_have_its_size(preset):
     plain = load("hsa", preset)

@@ -176,6 +176,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, finished):
     assert end_state(tmp_path) == end_state(finished)
 
 
+@pytest.mark.slow
 def test_a_save_without_room_leaves_the_one_before(tmp_path, finished):
     def fill_disk(number, batch):
         if number == 5:

@@ -109,13 +109,15 @@ def test_rows_of_a_batch_are_as_if_alone(prompts):
         assert write(read([prompt]), 5)[0].tolist() == row.tolist()
 
 
-MESHES = {
-    "batch and heads": MeshConfig(data=2, tensor=2, fsdp=2),
-    "split caches": MeshConfig(data=2, context=4),
-}
+MESHES = [
+    pytest.param(
+        MeshConfig(data=2, tensor=2, fsdp=2), id="batch and heads", marks=pytest.mark.slow
+    ),
+    pytest.param(MeshConfig(data=2, context=4), id="split caches"),
+]
 
 
-@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize("mesh", MESHES)
 def test_on_a_mesh(prompts, mesh):
     batch = [prompts[0], prompts[1], prompts[2], prompts[0]]
     expected = write(read(batch), 3)

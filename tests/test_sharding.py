@@ -223,6 +223,7 @@ def test_muon_takes_the_same_steps_on_a_mesh():
     np.testing.assert_allclose(sharded, losses, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_unrolled_layers_take_the_same_steps(alone):
     config = tiny(model=dict(scan=False))
     losses, _ = train(config, make_mesh(MeshConfig(), jax.devices()[:1]))

@@ -93,7 +93,14 @@ def test_scan_changes_no_number(rng, layers):
         assert bool((per_layer > 0).all()), jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize("remat", [name for name in REMAT if name != "none"])
+@pytest.mark.parametrize(
+    "remat",
+    [
+        pytest.param(name, marks=() if name == "names" else pytest.mark.slow)
+        for name in REMAT
+        if name != "none"
+    ],
+)
 def test_remat_changes_no_number(rng, remat):
     model, tokens = decoder(STACKS["memory"]), tokens_of(rng)
     expected = loss_and_gradient(model, tokens)

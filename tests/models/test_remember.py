@@ -75,7 +75,7 @@ def parallel(model, tokens):
     [
         pytest.param("SEHhS", [43, 22, 3], 4, 4, marks=pytest.mark.slow),
         ("SEHhS", [43, 43, 43], 32, 1),
-        ("SS", [43, 22, 3], 4, 4),
+        pytest.param("SS", [43, 22, 3], 4, 4, marks=pytest.mark.slow),
         ("SAS", [43, 22, 3], 4, 4),
     ],
 )

@@ -152,7 +152,7 @@ def test_choice_of_the_exchange(window, exchange):
     assert context._best(10, 8, window) == exchange
 
 
-@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize("devices", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_every_device_has_the_same_work_in_every_step(devices):
     """Blocks of a half shard each: 3 in the first step, with the diagonal ones, then 2."""
     half = 8

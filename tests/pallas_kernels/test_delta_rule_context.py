@@ -44,9 +44,8 @@ OPS = {
 }
 DEFAULT = {
     ("rule", 8, "long", True), ("rule", 4, "borders", True), ("rule", 8, "padding", True),
-    ("rule", 2, None, False), ("convolution", 8, "long", True), ("convolution", 4, None, False),
-    ("convolution", 8, "padding", True), ("wide convolution", 8, "padding", True),
-    ("wide convolution", 8, "long", True),
+    ("convolution", 8, "long", True), ("convolution", 4, None, False),
+    ("convolution", 8, "padding", True), ("wide convolution", 8, "long", True),
 }  # fmt: skip
 
 

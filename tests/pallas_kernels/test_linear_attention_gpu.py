@@ -49,7 +49,7 @@ CASES = {
     "narrow-keys": dict(T=100, decay="heads", K=40, V=96),
     "two-rows": dict(T=70, decay="token", B=2, H=2),
 }
-DEFAULT = ("heads", "narrow-values", "one-token", "packed-splits", "strong")
+DEFAULT = ("heads", "one-token", "packed-splits", "strong")
 
 
 def make(rng, T, decay, B=1, H=1, K=64, V=64, packed=False, splits=None):
