@@ -1,10 +1,11 @@
 """The Pallas Mosaic TPU kernels of attention over chosen chunks, forward and backward.
 
-The equations of `xla.py`. A grid step takes a tile of queries of one row and group of heads, one
-query after the other, all R heads of its group at once. The group's keys and values stay in VMEM
-for the whole row, so that a chosen chunk is an index into them. So do dk and dv in the backward
-pass: each pair adds to its chunk's, in the order of the queries, which needs no sorting and gives
-the same bits every time.
+The equations of `xla.py`. A grid step takes a tile of queries of one row and group of heads, a few
+at a time, all R heads of their group at once: each operation for all slots of the few, which fill
+each other's latencies, since the compiler hardly reorders over long distances. The group's keys and
+values stay in VMEM for the whole row, so that a chosen chunk is an index into them. So do dk and dv
+in the backward pass: each pair adds to its chunk's, in the order of the queries, which needs no
+sorting and gives the same bits every time.
 """
 
 import dataclasses
@@ -16,9 +17,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.mosaic_tpu import LANES, NN, NT, TN, call, dot
+from pallas_kernels.mosaic_tpu import LANES, NN, NT, TN, call, dot, unknown_zero
 
 _NEVER = -1e30  # added to logits of empty slots
+_SLOTS = 32  # of the queries that are taken at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,58 +36,75 @@ class Plan:
 
     @property
     def together(self):
-        """Queries of the forward pass that fill each other's latencies: about 32 slots."""
-        return min(self.tile, 1 << (max(1, 32 // self.J).bit_length() - 1))
+        """Queries that are taken at a time: a power of two."""
+        return min(self.tile, 1 << (max(1, _SLOTS // self.J).bit_length() - 1))
 
 
 class _Slots:
-    """The slots of one query: chunk, whether there is one (as a number), and weight (0 if not)."""
+    """The slots of a few queries, query by query: chunk, whether there is one (as a number), and
+    weight (0 if not)."""
 
-    def __init__(self, plan, t, indices_ref, weights_ref):
-        at = [t * plan.J + j for j in range(plan.J)]
+    def __init__(self, plan, step, indices_ref, weights_ref):
+        self.queries = [step * plan.together + n for n in range(plan.together)]
+        self.J = plan.J
+        at = [t * plan.J + j for t in self.queries for j in range(plan.J)]
         indices = [indices_ref[0, 0, 0, i] for i in at]
         self.chunk = [jnp.maximum(i, 0) for i in indices]
         self.real = [jnp.where(i >= 0, 1.0, 0.0) for i in indices]
         weights = None if weights_ref is None else [weights_ref[0, 0, 0, i] for i in at]
         self.weight = weights or self.real
 
+    def of_query(self, ref):
+        """What is one per query, for each slot."""
+        return self._repeated([ref[0, 0, t] for t in self.queries])
 
-def _probabilities(plan, logits, real):
-    """Softmaxes of each slot's logits [R, C] or, if joint, one of all slots'."""
-    if not plan.joint:
-        return [_softmax(plan, [s], [r])[0] for s, r in zip(logits, real, strict=True)]
-    return _softmax(plan, logits, real)
+    def of_chunk(self, ref):
+        return [ref[0, 0, i] for i in self.chunk]
+
+    def of_slot(self, ref):
+        """Places for what one operation leaves for another."""
+        return [ref.at[unknown_zero() + n] for n in range(len(self.chunk))]
+
+    def over_query(self, f, xs):
+        """For each slot, of all slots of its query."""
+        return self._repeated(self.reduce(f, xs))
+
+    def reduce(self, f, xs):
+        return [functools.reduce(f, xs[n:n + self.J]) for n in range(0, len(xs), self.J)]
+
+    def _repeated(self, xs):
+        return [x for x in xs for _ in range(self.J)]
 
 
-def _softmax(plan, logits, real):
-    logits = [s + (1 - r) * _NEVER for s, r in zip(logits, real, strict=True)]
-    base = functools.reduce(jnp.maximum, [jnp.max(s, axis=1, keepdims=True) for s in logits])
+def _exponentials(plan, slots, q, k_ref, scratch):
+    """Those of each slot's logits, in `scratch`, and what makes probabilities [R, C] of them: a
+    softmax of each slot or, if joint, one of all slots of a query."""
+    logits, p = slots.of_slot(scratch["logits"]), slots.of_slot(scratch["p"])
+    for s, x, k, r in zip(logits, q, slots.of_chunk(k_ref), slots.real, strict=True):
+        s[...] = plan.scale * dot(x, k, NT) + (1 - r) * _NEVER
+    over = slots.over_query if plan.joint else lambda f, xs: xs
+    base = over(jnp.maximum, [jnp.max(s[...], axis=1, keepdims=True) for s in logits])
     if plan.off_by_one:
-        base = jnp.maximum(base, 0)
-    p = [r * jnp.exp(s - base) for s, r in zip(logits, real, strict=True)]
-    total = functools.reduce(jnp.add, [jnp.sum(x, axis=1, keepdims=True) for x in p])
+        base = [jnp.maximum(b, 0) for b in base]
+    for x, s, b, r in zip(p, logits, base, slots.real, strict=True):
+        x[...] = r * jnp.exp(s[...] - b)
+    total = over(jnp.add, [jnp.sum(x[...], axis=1, keepdims=True) for x in p])
     if plan.off_by_one:
-        total += jnp.exp(-base)
-    inverse = 1 / jnp.where(total == 0, 1, total)
-    return [x * inverse for x in p]
+        total = [t + jnp.exp(-b) for t, b in zip(total, base, strict=True)]
+    return p, [1 / jnp.where(t == 0, 1, t) for t in total]
 
 
 def _forward_kernel(plan, indices_ref, *refs):
     weights_ref, refs = (None, refs) if plan.joint else (refs[0], refs[1:])
-    q_ref, k_ref, v_ref, o_ref = refs
+    q_ref, k_ref, v_ref, o_ref, scratch = refs
 
-    def query(t):
-        slots, q = _Slots(plan, t, indices_ref, weights_ref), q_ref[0, 0, t]
-        logits = [plan.scale * dot(q, k_ref[0, 0, i], NT) for i in slots.chunk]
-        o = jnp.zeros(o_ref.shape[3:], jnp.float32)
-        p = _probabilities(plan, logits, slots.real)
-        for x, w, i in zip(p, slots.weight, slots.chunk, strict=True):
-            o += dot((w * x).astype(v_ref.dtype), v_ref[0, 0, i], NN)
-        o_ref[0, 0, t] = o.astype(o_ref.dtype)
-
-    def queries(i, _):
-        for n in range(plan.together):
-            query(i * plan.together + n)
+    def queries(step, _):
+        slots = _Slots(plan, step, indices_ref, weights_ref)
+        p, factor = _exponentials(plan, slots, slots.of_query(q_ref), k_ref, scratch)
+        o = [dot((w * f * x[...]).astype(v_ref.dtype), v, NN)
+             for x, f, w, v in zip(p, factor, slots.weight, slots.of_chunk(v_ref), strict=True)]
+        for t, x in zip(slots.queries, slots.reduce(jnp.add, o), strict=True):
+            o_ref[0, 0, t] = x.astype(o_ref.dtype)
         return 0
 
     lax.fori_loop(0, plan.tile // plan.together, queries, 0)
@@ -93,35 +112,40 @@ def _forward_kernel(plan, indices_ref, *refs):
 
 def _backward_kernel(plan, indices_ref, *refs):
     weights_ref, refs = (None, refs) if plan.joint else (refs[0], refs[1:])
-    q_ref, k_ref, v_ref, do_ref, dq_ref, dk_ref, dv_ref, *dweights_ref = refs
+    q_ref, k_ref, v_ref, do_ref, dq_ref, dk_ref, dv_ref, *dweights_ref, scratch = refs
 
     @pl.when(pl.program_id(2) == 0)
     def _():
         dk_ref[...] = jnp.zeros_like(dk_ref)
         dv_ref[...] = jnp.zeros_like(dv_ref)
 
-    def query(t, _):
-        slots = _Slots(plan, t, indices_ref, weights_ref)
-        q, do = q_ref[0, 0, t], do_ref[0, 0, t]
-        logits = [plan.scale * dot(q, k_ref[0, 0, i], NT) for i in slots.chunk]
-        p = _probabilities(plan, logits, slots.real)
-        dp = [dot(do, v_ref[0, 0, i], NT) for i in slots.chunk]
-        d = [jnp.sum(x * y, axis=1, keepdims=True) for x, y in zip(p, dp, strict=True)]
+    def queries(step, _):
+        slots = _Slots(plan, step, indices_ref, weights_ref)
+        q, do = slots.of_query(q_ref), slots.of_query(do_ref)
+        dp, ds, weighted = (slots.of_slot(scratch[name]) for name in ("dp", "ds", "weighted"))
+        for ref, x, v in zip(dp, do, slots.of_chunk(v_ref), strict=True):
+            ref[...] = dot(x, v, NT)
+        p, factor = _exponentials(plan, slots, q, k_ref, scratch)
+        d = [f * jnp.sum(x[...] * y[...], axis=1, keepdims=True)
+             for x, y, f in zip(p, dp, factor, strict=True)]
         if plan.joint:
-            d = [functools.reduce(jnp.add, d)] * plan.J
+            d = slots.over_query(jnp.add, d)
         else:
-            dweights_ref[0][0, 0, pl.ds(t, 1)] = _row(d)
-        dq = jnp.zeros(dq_ref.shape[3:], jnp.float32)
-        for j, i in enumerate(slots.chunk):
-            weighted = slots.weight[j] * p[j]
-            ds = (plan.scale * weighted * (dp[j] - d[j])).astype(q.dtype)
-            dq += dot(ds, k_ref[0, 0, i], NN)
-            dk_ref[0, 0, i] += dot(ds, q, TN)
-            dv_ref[0, 0, i] += dot(weighted.astype(do.dtype), do, TN)
-        dq_ref[0, 0, t] = dq.astype(dq_ref.dtype)
+            for n, t in enumerate(slots.queries):
+                dweights_ref[0][0, 0, pl.ds(t, 1)] = _row(d[n * plan.J:(n + 1) * plan.J])
+        for n, (x, f, w) in enumerate(zip(p, factor, slots.weight, strict=True)):
+            x = w * f * x[...]
+            weighted[n][...] = x.astype(do_ref.dtype)
+            ds[n][...] = (plan.scale * x * (dp[n][...] - d[n])).astype(q_ref.dtype)
+        dq = [dot(x[...], k, NN) for x, k in zip(ds, slots.of_chunk(k_ref), strict=True)]
+        for t, x in zip(slots.queries, slots.reduce(jnp.add, dq), strict=True):
+            dq_ref[0, 0, t] = x.astype(dq_ref.dtype)
+        for n, i in enumerate(slots.chunk):
+            dk_ref[0, 0, i] += dot(ds[n][...], q[n], TN)
+            dv_ref[0, 0, i] += dot(weighted[n][...], do[n], TN)
         return 0
 
-    lax.fori_loop(0, plan.tile, query, 0)
+    lax.fori_loop(0, plan.tile // plan.together, queries, 0)
 
 
 def _row(columns):
@@ -151,6 +175,7 @@ def forward(plan, q, k, v, slots):
     inputs = ["slots"] * len(slots) + ["K", "k", "v"]
     return call(functools.partial(_forward_kernel, plan), "chunk_sparse_attention_forward",
                 _specs(plan, q, k, v), inputs, ["V"], [*slots, q, k, v], shapes, _grid(plan, q),
+                [_scratch(plan, q, k, logits=jnp.float32, p=jnp.float32)],
                 vmem_limit_bytes=plan.vmem)[0]
 
 
@@ -164,7 +189,16 @@ def backward(plan, q, k, v, slots, do):
     inputs = ["slots"] * len(slots) + ["K", "k", "v", "V"]
     return call(functools.partial(_backward_kernel, plan), "chunk_sparse_attention_backward",
                 _specs(plan, q, k, v), inputs, outputs, [*slots, q, k, v, do], shapes,
-                _grid(plan, q), vmem_limit_bytes=plan.vmem)
+                _grid(plan, q),
+                [_scratch(plan, q, k, logits=jnp.float32, p=jnp.float32, dp=jnp.float32,
+                          ds=q.dtype, weighted=do.dtype)],
+                vmem_limit_bytes=plan.vmem)
+
+
+def _scratch(plan, q, k, **dtypes):
+    """[R, C] for each slot of the queries that go together, by name."""
+    shape = plan.together * plan.J, q.shape[3], k.shape[3]
+    return {name: pltpu.VMEM(shape, dtype) for name, dtype in dtypes.items()}
 
 
 def _grid(plan, q):

@@ -8,7 +8,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import selection
-from pallas_kernels.chunk_sparse_attention import chunk_sparse_attention, tpu, xla
+from pallas_kernels.chunk_sparse_attention import chunk_sparse_attention, tpu, tpu_kernels, xla
 from pallas_kernels.chunk_sparse_attention.gathered import attend_chunks
 from pallas_kernels.chunk_sparse_attention.shapes import SHAPES
 
@@ -200,6 +200,7 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(tpu, "target_platform", lambda: "tpu")
     monkeypatch.setattr(tpu, "_capacity", lambda: 100 * 2**20)
     monkeypatch.setattr(tpu, "_TILE", 8)
+    monkeypatch.setattr(tpu_kernels, "_SLOTS", 8)
     params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
     with pltpu.force_tpu_interpret_mode(params):
         yield
