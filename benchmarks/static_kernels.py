@@ -198,6 +198,10 @@ def hbm_bound(op: str, chip: str, direction: str) -> float | None:
     return clock and round(MOVED[op][direction] * 2 * K / bandwidth * clock, 2)
 
 
+def versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
+
+
 def table(results: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     lines = [
@@ -249,9 +253,8 @@ def main():
                         help="chips for which other tiles than the one in use are measured too")
     args = parser.parse_args()
     file = args.output.with_suffix(".json")
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
-    results = dict(versions=versions, rows=[], hbm={}, xla={})
-    if file.exists() and (old := json.loads(file.read_text()))["versions"] == versions:
+    results = dict(versions=versions(), rows=[], hbm={}, xla={})
+    if file.exists() and (old := json.loads(file.read_text()))["versions"] == versions():
         results = old
     again = lambda row: row["chip"] in args.chips and row["op"] in args.ops
     results["rows"] = [row for row in results["rows"] if not again(row)]

@@ -1,0 +1,113 @@
+"""What the TPU compiler makes of the kernels that choose chunks and read them, without a TPU.
+
+    python -m benchmarks.static_kernels_chunks
+
+As `static_kernels.py`, at the shapes of published models: cycles of the innermost loop, which takes
+a few queries (`chunk_sparse_attention`, all heads of a group), or of a step, which merges a block
+of landmarks into the best of 128 queries (`chunk_topk`: its loop over the k best counts once).
+Writes OUTPUT.json and OUTPUT.md.
+"""
+
+import argparse
+import itertools
+import json
+from pathlib import Path
+
+from benchmarks import static_kernels  # first: it sets what libtpu reads when it is loaded
+
+# isort: split
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.chunk_sparse_attention import tpu_kernels
+from pallas_kernels.chunk_sparse_attention.shapes import SHAPES
+from pallas_kernels.chunk_topk import tpu as topk
+from pallas_kernels.chunk_topk.shapes import SHAPES as TOPK_SHAPES
+
+CHIPS = ("v5e", "v6e", "tpu7x")
+MODELS = ("hsa-240m", "hsa-345m")
+KERNELS = ("chunk_sparse_attention_forward", "chunk_sparse_attention_backward", "chunk_topk")
+TILE, VMEM = 128, 64 * 2**20
+
+
+def array(*shape: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def attention(model: str, direction: str):
+    """A kernel, the shapes of its arguments, and the queries of a step of its loop."""
+    shape = SHAPES[model]
+    plan = tpu_kernels.Plan(TILE, shape.J, shape.K**-0.5, False, False, VMEM)
+    T, heads = 8 * TILE, max(16, shape.H // shape.G)
+    q = array(1, shape.G, T, heads, shape.K)
+    # Few chunks: that their gradients begin as zeros counts as taken in every step.
+    k = array(1, shape.G, T // shape.chunk_size, shape.chunk_size, shape.K)
+    slots = [array(1, shape.G, 1, T * shape.J, dtype=x) for x in (jnp.int32, jnp.float32)]
+    if direction == "forward":
+        f = lambda q, k, v, slots: tpu_kernels.forward(plan, q, k, v, slots)
+        return f, (q, k, k, slots), plan.together
+    f = lambda q, k, v, slots, do: tpu_kernels.backward(plan, q, k, v, slots, do)
+    return f, (q, k, k, slots, q), plan.together
+
+
+def selection(model: str):
+    shape = TOPK_SHAPES[model]
+    T, N = shape.T, shape.T // shape.chunk_size
+    plan = topk.Plan(shape.k, shape.R**-0.5, block=min(512, N + -N % 128), packed=True, noisy=False)
+    ids = lambda length: array(1, length, dtype=jnp.int32)
+    f = lambda q, landmarks, *given: topk._choose(plan, q, landmarks, (*given, None))
+    arrays = array(1, T, shape.G, shape.R), array(1, N, shape.G, shape.R), ids(T), ids(T), ids(N)
+    return f, arrays, TILE
+
+
+def meter(kernel: str, chip: str, model: str) -> dict:
+    direction = kernel.removeprefix("chunk_sparse_attention_")
+    made = selection(model) if kernel == "chunk_topk" else attention(model, direction)
+    f, arrays, queries = made
+    static_kernels.compile_for(chip, f, *arrays)
+    use, cycles = static_kernels.unit_use(kernel)
+    units = {unit: share for unit, share in use.items() if unit != "spills"}
+    busiest = max(units, key=units.get)
+    return dict(
+        kernel=kernel, chip=chip, model=model, queries=queries, cycles=cycles,
+        cycles_per_query=round(cycles / queries, 1), spills=use["spills"],
+        busiest=static_kernels.UNITS[busiest], busiest_share=units[busiest],
+    )  # fmt: skip
+
+
+def table(rows: list[dict], versions: dict[str, str]) -> str:
+    lines = [
+        "# Static figures of the TPU kernels that choose chunks and read them",
+        "",
+        "`python -m benchmarks.static_kernels_chunks`: "
+        + ", ".join(f"{name} {version}" for name, version in versions.items())
+        + ". bfloat16, packed rows.",
+        "Cycles are those of one body of the innermost loop; waits for HBM are not timed, and the",
+        "loop of `chunk_topk` over its k best counts once.",
+        "",
+        "| kernel | model | chip | queries of a body | cycles | per query | spills | busiest |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r['kernel']} | {r['model']} | {r['chip']} | {r['queries']} | {r['cycles']} | "
+        f"{r['cycles_per_query']} | {r['spills']} | {r['busiest']} {r['busiest_share']:.2f} |"
+        for r in rows
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("docs/results/static_kernels_chunks"))
+    args = parser.parse_args()
+    rows = []
+    for run in itertools.product(KERNELS, CHIPS, MODELS):
+        rows.append(meter(*run))
+        print(json.dumps(rows[-1]), flush=True)
+    results = dict(versions=static_kernels.versions(), rows=rows)
+    args.output.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    args.output.with_suffix(".md").write_text(table(rows, results["versions"]))
+
+
+if __name__ == "__main__":
+    main()
