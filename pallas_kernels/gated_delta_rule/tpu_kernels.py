@@ -26,8 +26,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.gated_delta_rule.tpu_triangular import lockstep, unit_lower_inverse
-from pallas_kernels.mosaic_tpu import LANES, NN, NT, call, dot
+from pallas_kernels.gated_delta_rule import tpu_triangular
+from pallas_kernels.gated_delta_rule.tpu_triangular import block_inverses, lockstep, merge, together
+from pallas_kernels.mosaic_tpu import LANES, NN, NT, as_column, call, dot, unknown_zero
+
+_VMEM = 40 * 2**20  # bytes: the default, 16 MiB, is too few for the scratch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +70,19 @@ class Plan:
         first = head * self.queries // self.heads
         return range(first, first + group)
 
+    @property
+    def pairs(self):
+        """The queries and the keys that meet."""
+        return sorted({(query, self.key(head))
+                       for head in range(self.heads) for query in self.queries_of(head)})
+
+    def pair(self, query, head):
+        return self.pairs.index((query, self.key(head)))
+
+    @property
+    def outputs(self):
+        return max(self.heads, self.queries)
+
     def output(self, query, head):
         return query if self.queries > self.heads else head
 
@@ -80,55 +96,80 @@ class Plan:
 
 
 class _Chunk:
-    """One chunk of a grid step: its part of the arrays, and the weights of its heads.
+    """One chunk of a grid step: its part of the arrays and of the scratch, its heads' weights.
 
-    Weights are rows (tokens are lanes) or columns (tokens are sublanes).
+    Weights are rows (tokens are lanes) or columns (tokens are sublanes, repeated in all lanes).
     """
 
-    def __init__(self, plan, index, rows_ref, columns_ref):
-        self.plan, self.index = plan, index
-        self.rows_ref, self.columns_ref = rows_ref.at[0, index, 0], columns_ref.at[index]
+    def __init__(self, plan, index, rows_ref, scratch):
+        self.plan, self.index, self.rows = plan, index, rows_ref.at[0, index, 0]
         self.tokens = slice(index * plan.chunk, (index + 1) * plan.chunk)
-        # The compiler would make columns anew for each use.
-        self.column, self.intra = functools.cache(self._column), functools.cache(self._intra)
-        self._visible = functools.cache(self._visible)
+        self.again, self.begun = unknown_zero(), set()
+        self.scratch = {name: ref.at[self.again + index % ref.shape[0]]
+                        for name, ref in scratch.items()}
 
     def at(self, head, width):
         return 0, self.tokens, slice(head * width, (head + 1) * width)
 
     def row(self, name, head=0):
         at = self.plan.row(name, head)
-        return self.rows_ref[at:at + 1]
+        return self.rows[at:at + 1]
 
     def keep(self, head):
         return self.row("keep", head)[:, :1]
 
-    def _column(self, name, head=0):
-        at = self.plan.row(name, head)
-        return self.columns_ref[:, at:at + 1]
+    def column(self, name, head, width):
+        column = self.scratch["columns"][self.plan.row(name, head)]
+        if width <= LANES:
+            return column[:, :width]
+        return jnp.concatenate([column] * (width // LANES), axis=1)
 
-    def _visible(self):
-        """Which tokens j of a document come before token i, or are it."""
-        C = self.plan.chunk
-        j = lax.broadcasted_iota(jnp.int32, (C, C), 1)
-        visible = j <= lax.broadcasted_iota(jnp.int32, (C, C), 0)
-        if self.plan.packed:
-            visible &= j >= self.column("first").astype(jnp.int32)
-        return visible
+    def prepare(self, names):
+        """The columns of the weights in `names`, and the decays from token to token."""
+        plan, C, columns = self.plan, self.plan.chunk, self.scratch["columns"]
+        names += ("total", "rest") if plan.exact else ("total",)
+        i, j = (lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
+        visible = j <= i
+        if plan.packed:
+            columns[plan.row("first")] = as_column(self.row("first"))
+            visible &= j >= self.column("first", 0, C).astype(jnp.int32)
+        self.scratch["visible"][...] = jnp.where(visible, 0.0, -jnp.inf)
+        for head in range(plan.heads):
+            yield
+            for name in names:
+                columns[plan.row(name, head)] = as_column(self.row(name, head))
+            difference = self.column("total", head, C) - self.row("total", head)
+            if plan.exact:
+                difference += self.column("rest", head, C) - self.row("rest", head)
+            self.scratch["decay"][head] = jnp.exp(difference + self.scratch["visible"][...])
 
-    def _intra(self, head):
-        difference = self.column("total", head) - self.row("total", head)
-        if self.plan.exact:
-            difference += self.column("rest", head) - self.row("rest", head)
-        return jnp.exp(jnp.where(self._visible(), difference, -jnp.inf))
+    def add(self, name, at, x):
+        """To a sum in scratch, which the first of its terms begins."""
+        ref = self.scratch[name]
+        ref[at] = ref[at] + x if (name, at) in self.begun else x
+        self.begun.add((name, at))
 
+    def put(self, name, head, column):
+        """The gradient of a weight."""
+        at = self.plan.gradient(name, head)
+        self.scratch["dcolumns"][:, at:at + 1] = column
 
-def _chunks_of_step(plan, rows_ref, columns_ref):
-    for index in range(plan.chunks):
-        rows = rows_ref[0, index, 0]
-        rows = jnp.concatenate([rows, jnp.zeros((LANES - len(rows), plan.chunk), rows.dtype)])
-        columns_ref[index] = rows.T
-    return [_Chunk(plan, index, rows_ref, columns_ref) for index in range(plan.chunks)]
+    def multiply(self, q_ref, k_ref, K):
+        """What the chunk's keys and queries are to each other."""
+        for key in range(self.plan.keys):
+            k = k_ref[self.at(key, K)]
+            self.scratch["kk"][key] = dot(k, k, NT)
+        for index, (query, key) in enumerate(self.plan.pairs):
+            q, k = q_ref[self.at(query, K)], k_ref[self.at(key, K)]
+            self.scratch["qk"][index] = self.plan.scale * dot(q, k, NT)
+
+    def system(self, head):
+        """Of the triangular systems, one; and scratch for its inverse."""
+        plan, refs = self.plan, self.scratch
+        kk, decay = refs["kk"].at[plan.key(head)], refs["decay"].at[head]
+        beta = refs["columns"].at[plan.row("beta", head)]
+        rows = lambda at: beta[at, :plan.chunk] * kk[at] * decay[at]
+        return rows, refs["inverse"].at[head], refs["lower"].at[head]
 
 
 def _strictly_lower(x):
@@ -136,160 +177,229 @@ def _strictly_lower(x):
     return jnp.where(j < i, x, 0.0)
 
 
-def _write(chunk, head, k, v, state, inverse_ref):
-    """What the tokens of a chunk write, and the state after it."""
-    error = v - chunk.column("read", head) * dot(k, state.astype(k.dtype), NN)
+def _write(chunk, head, k_ref, v_ref, before, after):
+    """What the tokens of a chunk write, and from the state `before` it that `after` it, if any."""
+    (K, V), scratch = before.shape, chunk.scratch
+    at, narrow = chunk.at(chunk.plan.key(head), K), lambda x: x.astype(k_ref.dtype)
+    read = chunk.column("read", head, V) * dot(k_ref[at], narrow(before[...]), NN)
+    error = v_ref[chunk.at(head, V)] - read
+    scratch["right"][head] = narrow(chunk.column("beta", head, V) * error)
     yield
-    right = (chunk.column("beta", head) * error).astype(k.dtype)
-    written = dot(inverse_ref[chunk.index, head], right, NN).astype(k.dtype)
+    scratch["written"][head] = narrow(dot(scratch["inverse"][head, 0], scratch["right"][head], NN))
     yield
-    k_write = (k.T * chunk.row("write", head)).astype(k.dtype)
-    return written, chunk.keep(head) * state + dot(k_write, written, NN)
-
-
-def _in_order(step, chunks, plan, k_ref, K, inverse_ref):
-    """`step` of each chunk, from state to state, while the next chunk's systems are inverted."""
-
-    def invert(chunk, head):
-        k = k_ref[chunk.at(plan.key(head), K)]
-        a = _strictly_lower(chunk.column("beta", head) * dot(k, k, NT) * chunk.intra(head))
-        yield
-        inverse = yield from unit_lower_inverse(a, plan.exact)
-        inverse_ref[chunk.index, head] = inverse.astype(inverse_ref.dtype)
-
-    heads = range(plan.heads)
-    lockstep(invert(chunks[0], head) for head in heads)
-    for chunk, later in itertools.zip_longest(chunks, chunks[1:]):
-        chains = [step(chunk, head) for head in heads]
-        if later is not None:
-            chains += [invert(later, head) for head in heads]
-        lockstep(chains)
+    if after is None:
+        return
+    k_write = narrow(k_ref[at].T * chunk.row("write", head))
+    after[...] = chunk.keep(head) * before[...] + dot(k_write, scratch["written"][head], NN)
 
 
 def _forward_kernel(plan, K, V, keep_states, *refs):
-    (rows_ref, q_ref, k_ref, v_ref, initial_ref, o_ref, state_ref, *states_ref,
-     columns_ref, inverse_ref) = refs
+    rows_ref, q_ref, k_ref, v_ref, initial_ref, o_ref, state_ref, *states_ref, scratch = refs
+    narrow = lambda x: x.astype(k_ref.dtype)
+    heads = range(plan.heads)
 
-    @pl.when(pl.program_id(2) == 0)
+    @pl.when(pl.program_id(2) <= 1)
     def _():
         state_ref[...] = initial_ref[...]
 
     if keep_states:
         states_ref[0][0, 0] = state_ref[0]
 
-    def step(chunk, head):
-        k, state = k_ref[chunk.at(plan.key(head), K)], state_ref[0, head]
-        written, state_ref[0, head] = yield from _write(
-            chunk, head, k, v_ref[chunk.at(head, V)], state, inverse_ref)
-        read, state = chunk.column("read", head), state.astype(k.dtype)
+    def prepare(chunk):
+        chunk.multiply(q_ref, k_ref, K)
+        yield from chunk.prepare(("beta", "read"))
+        yield from together(block_inverses(*chunk.system(head)) for head in heads)
+
+    def invert(chunk, head):
+        yield from merge(*chunk.system(head)[1:])
+        inverse = chunk.scratch["inverse"][head, 0]
+        chunk.scratch["solve"][head] = narrow(inverse * chunk.row("beta", head))
+
+    def weigh(chunk, head):
+        refs, at_k = chunk.scratch, chunk.at(plan.key(head), K)
+        refs["k_read"][head] = narrow(chunk.column("read", head, K) * k_ref[at_k])
+        yield
+        refs["k_write"][head] = narrow(k_ref[at_k].T * chunk.row("write", head))
+        yield
+        refs["keep"][head] = chunk.row("keep", head)
         for query in plan.queries_of(head):
+            at = plan.output(query, head)
+            refs["p"][at] = narrow(refs["qk"][plan.pair(query, head)] * refs["decay"][head])
             yield
             q = q_ref[chunk.at(query, K)]
-            p = (plan.scale * dot(q, k, NT) * chunk.intra(head)).astype(k.dtype)
-            o = dot(p, written, NN) + plan.scale * read * dot(q, state, NN)
-            o_ref[chunk.at(plan.output(query, head), V)] = o.astype(o_ref.dtype)
+            refs["q_read"][at] = narrow(plan.scale * chunk.column("read", head, K) * q)
+            yield
 
-    chunks = _chunks_of_step(plan, rows_ref, columns_ref)
-    _in_order(step, chunks, plan, k_ref, K, inverse_ref)
+    def step(chunk, head):
+        refs, at, state = chunk.scratch, chunk.at(head, V), state_ref.at[0, head]
+        refs["error"][head] = narrow(
+            v_ref[at] - dot(refs["k_read"][head], narrow(state[...]), NN))
+        yield
+        refs["written"][head] = narrow(dot(refs["solve"][head], refs["error"][head], NN))
+        yield
+        for query in plan.queries_of(head):
+            at = plan.output(query, head)
+            o = dot(refs["p"][at], refs["written"][head], NN)
+            o += dot(refs["q_read"][at], narrow(state[...]), NN)
+            o_ref[chunk.at(at, V)] = o.astype(o_ref.dtype)
+        keep = refs["keep"][head][:, :1]
+        state[...] = keep * state[...] + dot(refs["k_write"][head], refs["written"][head], NN)
+        yield
+
+    def steps():
+        for chunk in chunks:
+            yield from together(step(chunk, head) for head in heads)
+
+    chunks = [_Chunk(plan, index, rows_ref, scratch) for index in range(plan.chunks)]
+    lockstep([steps(), *map(prepare, chunks)])
+    lockstep([f(chunk, head) for f in (invert, weigh) for chunk in chunks for head in heads])
 
 
 def _backward_kernel(plan, K, V, *refs):
     (rows_ref, q_ref, k_ref, v_ref, do_ref, dlast_ref, before_ref,
-     dq_ref, dk_ref, dv_ref, dweights_ref, dstate_ref,
-     columns_ref, dcolumns_ref, inverse_ref, written_ref, state_ref, next_ref) = refs
+     dq_ref, dk_ref, dv_ref, dweights_ref, dstate_ref, scratch) = refs
+    narrow = lambda x: x.astype(k_ref.dtype)
+    heads = range(plan.heads)
 
     @pl.when(pl.program_id(2) == 0)
     def _():
         dstate_ref[...] = dlast_ref[...]
 
+    def prepare(chunk):
+        chunk.multiply(q_ref, k_ref, K)
+        yield from chunk.prepare(("beta", "read", "write"))
+        yield from together(block_inverses(*chunk.system(head)) for head in heads)
+
     def again(chunk, head):
         """What the forward pass did not keep."""
-        index, k = chunk.index, k_ref[chunk.at(plan.key(head), K)]
-        state = next_ref[head] if index else before_ref[0, 0, head]
-        state_ref[index, head] = state.astype(k.dtype)
-        written_ref[index, head], next_ref[head] = yield from _write(
-            chunk, head, k, v_ref[chunk.at(head, V)], state, inverse_ref)
+        following = chunk.scratch["following"].at[head]
+        state = following if chunk.index else before_ref.at[0, 0, head]
+        chunk.scratch["state"][head] = narrow(state[...])
+        last = chunk.index == plan.chunks - 1
+        yield from _write(chunk, head, k_ref, v_ref, state, None if last else following)
 
-    def step(chunk, head, dq, dk):
-        index, k, v = chunk.index, k_ref[chunk.at(plan.key(head), K)], v_ref[chunk.at(head, V)]
-        narrow = lambda x: x.astype(k.dtype)
-        intra = chunk.intra(head)
-        beta, read, write = (chunk.column(name, head) for name in ("beta", "read", "write"))
-        written, state = written_ref[index, head], state_ref[index, head]
-        dafter = dstate_ref[0, head]
-        dwritten = write * dot(k, narrow(dafter), NN)
-        dk_tail = write * dot(written, narrow(dafter), NT)
-        dstate = chunk.keep(head) * dafter
-        kept = jnp.sum(dstate * state, keepdims=True)
-        dk_own, reaching, between = dk_tail, 0.0, 0.0
-        yield
+    def own(chunk, head):
+        """The gradients by the chunk's outputs, but for what they owe to the products Q K^T."""
+        refs = chunk.scratch
         for query in plan.queries_of(head):
-            q, do = q_ref[chunk.at(query, K)], do_ref[chunk.at(plan.output(query, head), V)]
-            qk = plan.scale * dot(q, k, NT)
-            dqk = dot(do, written, NT) * intra
-            dwritten += dot(narrow(qk * intra).T, do, NN)
+            at_q, at_o = chunk.at(query, K), chunk.at(plan.output(query, head), V)
+            pair = plan.pair(query, head)
+            refs["p"][head] = narrow(refs["qk"][pair] * refs["decay"][head])
+            dqk = dot(do_ref[at_o], refs["written"][head], NT) * refs["decay"][head]
+            chunk.add("dqk", pair, dqk)
+            chunk.add("between", head, dqk * refs["qk"][pair])
             yield
-            dq_read = plan.scale * read * dot(do, state, NT)
-            dstate += plan.scale * dot(narrow(q.T * chunk.row("read", head)), do, NN)
+            chunk.add("dwritten", head, dot(refs["p"][head].T, do_ref[at_o], NN))
             yield
-            between += dqk * qk
-            dqk = narrow(plan.scale * dqk)
-            dq[query].append(dot(dqk, k, NN) + dq_read)
-            dk_own += dot(dqk.T, q, NN)
-            reaching += _rows(dq_read * q)
+            dq_read = plan.scale * chunk.column("read", head, K) * dot(
+                do_ref[at_o], refs["state"][head], NT)
+            chunk.add("dq", query, dq_read)
+            chunk.add("reaching", head, dq_read * q_ref[at_q])
             yield
-        dright = dot(inverse_ref[index, head].T, narrow(dwritten), NN)
-        dv_ref[chunk.at(head, V)] = (beta * dright).astype(dv_ref.dtype)
+            q_read = narrow(q_ref[at_q].T * chunk.row("read", head))
+            chunk.add("dstate", head, plan.scale * dot(q_read, do_ref[at_o], NN))
+            yield
+
+    def own_products(chunk):
+        refs = chunk.scratch
+        for pair, (query, key) in enumerate(plan.pairs):
+            at_q, at_k = chunk.at(query, K), chunk.at(key, K)
+            refs["dqk_narrow"][pair] = narrow(plan.scale * refs["dqk"][pair])
+            chunk.add("dq", query, dot(refs["dqk_narrow"][pair], k_ref[at_k], NN))
+            chunk.add("dk", key, dot(refs["dqk_narrow"][pair].T, q_ref[at_q], NN))
+        for query in range(plan.queries):
+            dq_ref[chunk.at(query, K)] = refs["dq"][query].astype(dq_ref.dtype)
+
+    def step(chunk, head):
+        """The gradients that wait for that of the state."""
+        refs, key, dstate = chunk.scratch, plan.key(head), dstate_ref.at[0, head]
+        at_k, at_v = chunk.at(key, K), chunk.at(head, V)
+        beta, read, write = (
+            functools.partial(chunk.column, name, head) for name in ("beta", "read", "write"))
+        dafter = narrow(dstate[...])
+        dwritten = refs["dwritten"][head] + write(V) * dot(k_ref[at_k], dafter, NN)
+        refs["dwritten_narrow"][head] = narrow(dwritten)
+        dk_tail = write(K) * dot(refs["written"][head], dafter, NT)
+        chunk.add("dk", key, dk_tail)
+        chunk.put("write", head, _rows(dk_tail * k_ref[at_k]))
+        kept = jnp.sum(chunk.keep(head) * dstate[...] * refs["state"][head], keepdims=True)
         yield
-        dbeta, dright = _rows(dright * v), narrow(dright)
-        k_right = narrow(k.T * (chunk.row("beta", head) * chunk.row("read", head)))
-        dstate_ref[0, head] = dstate - dot(k_right, dright, NN)
-        dk_right = -read * dot(dright, state, NT)
-        da = _strictly_lower(-dot(dright, written, NT) * intra)
+        dright = dot(refs["inverse"][head, 0].T, refs["dwritten_narrow"][head], NN)
+        dv_ref[at_v] = (beta(V) * dright).astype(dv_ref.dtype)
+        refs["dright"][head] = narrow(dright)
+        refs["dbeta"][head] = dright * v_ref[at_v]
         yield
-        kk = dot(k, k, NT)
-        dkk = beta * da
-        right = _rows(dk_right * k)
-        dbeta += right + _rows(da * kk)
-        between = _strictly_lower(between) + dkk * kk
-        reaching += beta * right + _rows(between)
+        k_right = narrow(k_ref[at_k].T * (chunk.row("beta", head) * chunk.row("read", head)))
+        dstate[...] = chunk.keep(head) * dstate[...] + (
+            refs["dstate"][head] - dot(k_right, refs["dright"][head], NN))
         yield
-        dk[plan.key(head)].append(dk_own + beta * dk_right + dot(narrow(dkk + dkk.T), k, NN))
-        for name, x in dict(beta=dbeta, reaching=reaching, write=_rows(dk_tail * k)).items():
-            at = plan.gradient(name, head)
-            dcolumns_ref[:, at:at + 1] = x
+        dk_right = -read(K) * dot(refs["dright"][head], refs["state"][head], NT)
+        chunk.add("dk", key, beta(K) * dk_right)
+        refs["dk_right"][head] = dk_right * k_ref[at_k]
+        yield
+        da = dot(refs["dright"][head], refs["written"][head], NT) * refs["decay"][head]
+        refs["da"][head] = _strictly_lower(-da)
+        yield
+        dkk = beta(plan.chunk) * refs["da"][head]
+        chunk.add("dkk", key, dkk)
+        between = _strictly_lower(refs["between"][head]) + dkk * refs["kk"][key]
+        chunk.put("reaching", head, _rows(
+            refs["reaching"][head], beta(K) * refs["dk_right"][head], between))
+        chunk.put("beta", head, _rows(
+            refs["dbeta"][head], refs["dk_right"][head], refs["da"][head] * refs["kk"][key]))
         last = lax.broadcasted_iota(jnp.int32, (1, plan.chunk), 1) == plan.chunk - 1
         at = plan.gradient("reaching", head)
-        dweights_ref[0, index, 0, at:at + 1] = (
+        dweights_ref[0, chunk.index, 0, at:at + 1] = (
             jnp.where(last, kept, 0.0) - jnp.sum(between, axis=0, keepdims=True))
 
-    chunks = _chunks_of_step(plan, rows_ref, columns_ref)
-    dcolumns_ref[...] = jnp.zeros_like(dcolumns_ref)
+    def step_products(chunk):
+        refs = chunk.scratch
+        for key in range(plan.keys):
+            at_k = chunk.at(key, K)
+            dkk = narrow(refs["dkk"][key] + refs["dkk"][key].T)
+            dk = refs["dk"][key] + dot(dkk, k_ref[at_k], NN)
+            dk_ref[at_k] = dk.astype(dk_ref.dtype)
+        dweights_ref[0, chunk.index, 0] += refs["dcolumns"][...].T[:plan.gradients]
+
+    chunks = [_Chunk(plan, index, rows_ref, scratch) for index in range(plan.chunks)]
     dweights_ref[...] = jnp.zeros_like(dweights_ref)
-    _in_order(again, chunks, plan, k_ref, K, inverse_ref)
-    for chunk in reversed(chunks):
-        dq, dk = ([[] for _ in range(n)] for n in (plan.queries, plan.keys))
-        lockstep(step(chunk, head, dq, dk) for head in range(plan.heads))
-        for query, parts in enumerate(dq):
-            dq_ref[chunk.at(query, K)] = sum(parts).astype(dq_ref.dtype)
-        for key, parts in enumerate(dk):
-            dk_ref[chunk.at(key, K)] = sum(parts).astype(dk_ref.dtype)
-        dweights_ref[0, chunk.index, 0] += dcolumns_ref[...].T[:plan.gradients]
+    for chunk in chunks:
+        lockstep([prepare(chunk)])
+        lockstep([merge(*chunk.system(head)[1:]) for head in heads])
+        lockstep([again(chunk, head) for head in heads])
+    chunks = chunks[::-1]
+    lockstep(own(chunks[0], head) for head in heads)
+    own_products(chunks[0])
+    for chunk, earlier in itertools.zip_longest(chunks, chunks[1:]):
+        chains = [step(chunk, head) for head in heads]
+        if earlier is not None:
+            chains += [own(earlier, head) for head in heads]
+        lockstep(chains)
+        step_products(chunk)
+        if earlier is not None:
+            own_products(earlier)
 
 
-def _rows(x):
-    return jnp.sum(x, axis=1, keepdims=True)
+def _rows(*terms):
+    """The sums of each row of all the terms; only one reduction for those of the same width."""
+    sums = {}
+    for x in terms:
+        for at in range(0, x.shape[1], LANES):
+            part = x[:, at:at + LANES]
+            sums[part.shape[1]] = sums.get(part.shape[1], 0.0) + part
+    return sum(jnp.sum(x, axis=1, keepdims=True) for x in sums.values())
 
 
-def _specs(plan, K, V, block_of):
+def _specs(plan, K, V, block_of, ahead=None):
     """Block specs by the kind of array; the grid is (groups of heads, rows, blocks of tokens)."""
-    at = lambda heads, width: pl.BlockSpec(
+    ahead = ahead or block_of
+    at = lambda heads, width, block_of=block_of: pl.BlockSpec(
         (1, plan.block, heads * width), lambda h, b, n: (b, block_of(n), h))
     return dict(
         rows=pl.BlockSpec((1, plan.chunks, 1, plan.rows, plan.chunk),
-                          lambda h, b, n: (b, block_of(n), h, 0, 0)),
-        q=at(plan.queries, K), k=at(plan.keys, K), v=at(plan.heads, V),
-        o=at(max(plan.heads, plan.queries), V),
+                          lambda h, b, n: (b, ahead(n), h, 0, 0)),
+        q=at(plan.queries, K, ahead), k=at(plan.keys, K, ahead), v=at(plan.heads, V),
+        o=at(plan.outputs, V),
         state=pl.BlockSpec((1, plan.heads, K, V), lambda h, b, n: (b, h, 0, 0)),
         states=pl.BlockSpec((1, 1, plan.heads, K, V), lambda h, b, n: (b, block_of(n), h, 0, 0)),
         dweights=pl.BlockSpec((1, plan.chunks, 1, plan.gradients, plan.chunk),
@@ -299,20 +409,25 @@ def _specs(plan, K, V, block_of):
 
 def forward(plan, rows, q, k, v, initial_state, keep_states):
     B, T, _ = q.shape
-    _, H, K, V = initial_state.shape
-    blocks, G = T // plan.block, H // plan.heads
-    width = G * max(plan.heads, plan.queries) * V
+    K, V = initial_state.shape[2:]
+    blocks, G = T // plan.block, initial_state.shape[1] // plan.heads
+    C, width = plan.chunk, G * plan.outputs * V
     shapes = [jax.ShapeDtypeStruct((B, T, width), v.dtype),
               jax.ShapeDtypeStruct(initial_state.shape, jnp.float32)]
     outputs = ["o", "state"]
     if keep_states:
-        shapes.append(jax.ShapeDtypeStruct((B, blocks, H, K, V), jnp.float32))
+        shapes.append(jax.ShapeDtypeStruct((B, blocks, *initial_state.shape[1:]), jnp.float32))
         outputs.append("states")
+    H, narrow = plan.heads, k.dtype
+    scratch = _scratch(
+        plan, V, narrow, solve=(H, C, C, narrow), k_read=(H, C, K, narrow),
+        k_write=(H, K, C, narrow), keep=(H, 1, C), p=(plan.outputs, C, C, narrow),
+        q_read=(plan.outputs, C, K, narrow), error=(H, C, V, narrow))
     return call(
         functools.partial(_forward_kernel, plan, K, V, keep_states), "gated_delta_rule_forward",
-        _specs(plan, K, V, lambda n: n), ["rows", "q", "k", "v", "state"], outputs,
-        [rows, q, k, v, initial_state], shapes, (G, B, blocks),
-        [_columns(plan), _inverses(plan, k.dtype)])
+        _specs(plan, K, V, lambda n: jnp.maximum(n - 1, 0), lambda n: jnp.minimum(n, blocks - 1)),
+        ["rows", "q", "k", "v", "state"], outputs, [rows, q, k, v, initial_state], shapes,
+        (G, B, blocks + 1), [scratch], vmem_limit_bytes=_VMEM)
 
 
 def backward(plan, rows, q, k, v, do, dstate, states):
@@ -322,23 +437,38 @@ def backward(plan, rows, q, k, v, do, dstate, states):
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
     shapes += [jax.ShapeDtypeStruct((*rows.shape[:3], plan.gradients, plan.chunk), jnp.float32),
                jax.ShapeDtypeStruct(dstate.shape, jnp.float32)]
-    per_chunk = lambda *shape: pltpu.VMEM((plan.chunks, plan.heads, *shape), k.dtype)
-    scratch = [
-        _columns(plan),
-        pltpu.VMEM((plan.chunk, LANES), jnp.float32),
-        _inverses(plan, k.dtype), per_chunk(plan.chunk, V), per_chunk(K, V),
-        pltpu.VMEM((plan.heads, K, V), jnp.float32),
-    ]
+    C, heads, pairs, narrow = plan.chunk, plan.heads, len(plan.pairs), k.dtype
+    scratch = _scratch(
+        plan, V, narrow, state=(heads, K, V, narrow),
+        right=(heads, C, V, narrow),
+        p=(heads, C, C, narrow), dqk=(pairs, C, C), dqk_narrow=(pairs, C, C, narrow),
+        between=(heads, C, C), reaching=(heads, C, K), dq=(plan.queries, C, K),
+        dk=(plan.keys, C, K), dkk=(plan.keys, C, C), dstate=(heads, K, V),
+        dwritten=(heads, C, V), dwritten_narrow=(heads, C, V, narrow),
+        dright=(heads, C, V, narrow), dbeta=(heads, C, V), dk_right=(heads, C, K),
+        da=(heads, C, C))
+    scratch["following"] = pltpu.VMEM((1, heads, K, V), jnp.float32)
+    scratch["dcolumns"] = pltpu.VMEM((plan.chunks, C, LANES), jnp.float32)
     return call(
         functools.partial(_backward_kernel, plan, K, V), "gated_delta_rule_backward",
         _specs(plan, K, V, lambda n: blocks - 1 - n),
         ["rows", "q", "k", "v", "o", "state", "states"], ["q", "k", "v", "dweights", "state"],
-        [rows, q, k, v, do, dstate, states], shapes, (G, B, blocks), scratch)
+        [rows, q, k, v, do, dstate, states], shapes, (G, B, blocks), [scratch],
+        vmem_limit_bytes=_VMEM)
 
 
-def _columns(plan):
-    return pltpu.VMEM((plan.chunks, plan.chunk, LANES), jnp.float32)
-
-
-def _inverses(plan, dtype):
-    return pltpu.VMEM((plan.chunks, plan.heads, plan.chunk, plan.chunk), dtype)
+def _scratch(plan, V, narrow, **per_chunk):
+    """What waits in VMEM, by name: shapes and types."""
+    C = plan.chunk
+    keep = lambda number, rows, columns, dtype=jnp.float32: pltpu.VMEM(
+        (plan.chunks, number, rows, columns), dtype)
+    return dict(
+        columns=keep(plan.rows, C, LANES),
+        visible=pltpu.VMEM((plan.chunks, C, C), jnp.float32),
+        decay=keep(plan.heads, C, C),
+        kk=keep(plan.keys, C, C),
+        qk=keep(len(plan.pairs), C, C),
+        written=keep(plan.heads, C, V, narrow),
+        **tpu_triangular.scratch(plan.chunks, plan.heads, C, plan.exact),
+        **{name: keep(*shape) for name, shape in per_chunk.items()},
+    )
