@@ -1,15 +1,15 @@
 """The Pallas Mosaic TPU kernels of the gated delta rule by chunks, forward and backward.
 
-The equations of `xla.py`: with S the state that enters a chunk, D the decay from token to token,
-and T the inverse of I + A, A = strictly_lower(beta (K K^T) . D),
+The equations of `xla.py`, but for beta, which multiplies columns of matrices instead of rows: with
+S the state that enters a chunk, D the decay from token to token, P = scale (Q K^T) . D beta^T, and
+U the inverse of I + strictly_lower((K K^T) . D beta^T), so that beta E is what tokens write,
 
-    E = T (beta (V - read K S))        O = scale ((Q K^T) . D E + read Q S)
-    S' = keep S + K^T (write E)
+    E = U (V - read K S)        O = P E + scale read Q S        S' = keep S + K^T (write beta E)
 
-and, for gradients dO of the outputs and dS' of the state that leaves, with P = scale (Q K^T) . D,
+and, for gradients dO of the outputs and dS' of the state that leaves,
 
-    dE = P^T dO + write (K dS')        dR = T^T dE        dV = beta dR
-    dS = keep dS' + scale (read Q)^T dO - (beta read K)^T dR
+    dE = P^T dO + write beta (K dS')        dV = U^T dE
+    dS = keep dS' + scale (read Q)^T dO - (read K)^T dV
 
 A grid step takes several chunks of several heads: their inverses do not wait for a state, and fill
 the latencies of the products that do. The forward pass of a gradient keeps the state that enters
@@ -18,7 +18,6 @@ each grid step; the backward pass computes the inverses, the other states and E 
 
 import dataclasses
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +55,7 @@ class Plan:
 
     @property
     def _groups(self):
-        return ("beta", "read", "write", "keep", "total", *["rest"] * self.exact, "first")
+        return ("beta", "read", "left", "write", "keep", "total", *["rest"] * self.exact, "first")
 
     @property
     def rows(self):
@@ -90,6 +89,9 @@ class Plan:
     def gradient(self, name, head=0):
         return ("beta", "reaching", "write").index(name) * self.heads + head
 
+    def gradients_of(self, name):
+        return slice(self.gradient(name), self.gradient(name) + self.heads)
+
     @property
     def gradients(self):
         return 3 * self.heads
@@ -101,11 +103,12 @@ class _Chunk:
     Weights are rows (tokens are lanes) or columns (tokens are sublanes, repeated in all lanes).
     """
 
-    def __init__(self, plan, index, rows_ref, scratch):
+    def __init__(self, plan, index, rows_ref, scratch, dweights_ref=None):
         self.plan, self.index, self.rows = plan, index, rows_ref.at[0, index, 0]
         self.tokens = slice(index * plan.chunk, (index + 1) * plan.chunk)
-        self.again, self.begun = unknown_zero(), set()
-        self.scratch = {name: ref.at[self.again + index % ref.shape[0]]
+        self.dweights = None if dweights_ref is None else dweights_ref.at[0, index, 0]
+        self.begun = set()
+        self.scratch = {name: ref.at[unknown_zero() + index % ref.shape[0]]
                         for name, ref in scratch.items()}
 
     def at(self, head, width):
@@ -114,6 +117,10 @@ class _Chunk:
     def row(self, name, head=0):
         at = self.plan.row(name, head)
         return self.rows[at:at + 1]
+
+    def rows_of(self, name):
+        at = self.plan.row(name)
+        return self.rows[at:at + self.plan.heads]
 
     def keep(self, head):
         return self.row("keep", head)[:, :1]
@@ -124,20 +131,22 @@ class _Chunk:
             return column[:, :width]
         return jnp.concatenate([column] * (width // LANES), axis=1)
 
-    def prepare(self, names):
-        """The columns of the weights in `names`, and the decays from token to token."""
-        plan, C, columns = self.plan, self.plan.chunk, self.scratch["columns"]
-        names += ("total", "rest") if plan.exact else ("total",)
+    def make_column(self, name, head=0):
+        self.scratch["columns"][self.plan.row(name, head)] = as_column(self.row(name, head))
+
+    def prepare(self):
+        """The decays from token to token."""
+        plan, C = self.plan, self.plan.chunk
         i, j = (lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
         visible = j <= i
         if plan.packed:
-            columns[plan.row("first")] = as_column(self.row("first"))
+            self.make_column("first")
             visible &= j >= self.column("first", 0, C).astype(jnp.int32)
         self.scratch["visible"][...] = jnp.where(visible, 0.0, -jnp.inf)
         for head in range(plan.heads):
             yield
-            for name in names:
-                columns[plan.row(name, head)] = as_column(self.row(name, head))
+            for name in ("total", *["rest"] * plan.exact):
+                self.make_column(name, head)
             difference = self.column("total", head, C) - self.row("total", head)
             if plan.exact:
                 difference += self.column("rest", head, C) - self.row("rest", head)
@@ -149,8 +158,13 @@ class _Chunk:
         ref[at] = ref[at] + x if (name, at) in self.begun else x
         self.begun.add((name, at))
 
+    def gradient(self, name, head):
+        """Of a weight, as a row."""
+        at = self.plan.gradient(name, head)
+        return self.dweights.at[at:at + 1]
+
     def put(self, name, head, column):
-        """The gradient of a weight."""
+        """The gradient of a weight, or a part of it, as a column."""
         at = self.plan.gradient(name, head)
         self.scratch["dcolumns"][:, at:at + 1] = column
 
@@ -167,30 +181,13 @@ class _Chunk:
         """Of the triangular systems, one; and scratch for its inverse."""
         plan, refs = self.plan, self.scratch
         kk, decay = refs["kk"].at[plan.key(head)], refs["decay"].at[head]
-        beta = refs["columns"].at[plan.row("beta", head)]
-        rows = lambda at: beta[at, :plan.chunk] * kk[at] * decay[at]
+        rows = lambda at: kk[at] * decay[at] * self.row("beta", head)
         return rows, refs["inverse"].at[head], refs["lower"].at[head]
 
 
 def _strictly_lower(x):
     i, j = (lax.broadcasted_iota(jnp.int32, x.shape, axis) for axis in (0, 1))
     return jnp.where(j < i, x, 0.0)
-
-
-def _write(chunk, head, k_ref, v_ref, before, after):
-    """What the tokens of a chunk write, and from the state `before` it that `after` it, if any."""
-    (K, V), scratch = before.shape, chunk.scratch
-    at, narrow = chunk.at(chunk.plan.key(head), K), lambda x: x.astype(k_ref.dtype)
-    read = chunk.column("read", head, V) * dot(k_ref[at], narrow(before[...]), NN)
-    error = v_ref[chunk.at(head, V)] - read
-    scratch["right"][head] = narrow(chunk.column("beta", head, V) * error)
-    yield
-    scratch["written"][head] = narrow(dot(scratch["inverse"][head, 0], scratch["right"][head], NN))
-    yield
-    if after is None:
-        return
-    k_write = narrow(k_ref[at].T * chunk.row("write", head))
-    after[...] = chunk.keep(head) * before[...] + dot(k_write, scratch["written"][head], NN)
 
 
 def _forward_kernel(plan, K, V, keep_states, *refs):
@@ -207,16 +204,18 @@ def _forward_kernel(plan, K, V, keep_states, *refs):
 
     def prepare(chunk):
         chunk.multiply(q_ref, k_ref, K)
-        yield from chunk.prepare(("beta", "read"))
+        yield from chunk.prepare()
         yield from together(block_inverses(*chunk.system(head)) for head in heads)
 
     def invert(chunk, head):
         yield from merge(*chunk.system(head)[1:])
         inverse = chunk.scratch["inverse"][head, 0]
-        chunk.scratch["solve"][head] = narrow(inverse * chunk.row("beta", head))
+        chunk.scratch["solve"][head] = inverse
 
     def weigh(chunk, head):
         refs, at_k = chunk.scratch, chunk.at(plan.key(head), K)
+        chunk.make_column("read", head)
+        yield
         refs["k_read"][head] = narrow(chunk.column("read", head, K) * k_ref[at_k])
         yield
         refs["k_write"][head] = narrow(k_ref[at_k].T * chunk.row("write", head))
@@ -224,7 +223,8 @@ def _forward_kernel(plan, K, V, keep_states, *refs):
         refs["keep"][head] = chunk.row("keep", head)
         for query in plan.queries_of(head):
             at = plan.output(query, head)
-            refs["p"][at] = narrow(refs["qk"][plan.pair(query, head)] * refs["decay"][head])
+            decay = refs["decay"][head] * chunk.row("beta", head)
+            refs["p"][at] = narrow(refs["qk"][plan.pair(query, head)] * decay)
             yield
             q = q_ref[chunk.at(query, K)]
             refs["q_read"][at] = narrow(plan.scale * chunk.column("read", head, K) * q)
@@ -267,117 +267,151 @@ def _backward_kernel(plan, K, V, *refs):
 
     def prepare(chunk):
         chunk.multiply(q_ref, k_ref, K)
-        yield from chunk.prepare(("beta", "read", "write"))
+        yield from chunk.prepare()
         yield from together(block_inverses(*chunk.system(head)) for head in heads)
 
     def again(chunk, head):
         """What the forward pass did not keep."""
-        following = chunk.scratch["following"].at[head]
-        state = following if chunk.index else before_ref.at[0, 0, head]
-        chunk.scratch["state"][head] = narrow(state[...])
-        last = chunk.index == plan.chunks - 1
-        yield from _write(chunk, head, k_ref, v_ref, state, None if last else following)
+        refs, at_k = chunk.scratch, chunk.at(plan.key(head), K)
+        state = refs["following"].at[head] if chunk.index else before_ref.at[0, 0, head]
+        refs["state"][head] = narrow(state[...])
+        read = chunk.column("read", head, V) * dot(k_ref[at_k], refs["state"][head], NN)
+        refs["error"][head] = narrow(v_ref[chunk.at(head, V)] - read)
+        yield
+        refs["written"][head] = narrow(dot(refs["inverse"][head, 0], refs["error"][head], NN))
+        yield
+        if chunk.index < plan.chunks - 1:
+            k_write = narrow(k_ref[at_k].T * chunk.row("write", head))
+            refs["following"][head] = (
+                chunk.keep(head) * state[...] + dot(k_write, refs["written"][head], NN))
 
     def own(chunk, head):
-        """The gradients by the chunk's outputs, but for what they owe to the products Q K^T."""
+        """What waits for no state nor inverse."""
         refs = chunk.scratch
         for query in plan.queries_of(head):
-            at_q, at_o = chunk.at(query, K), chunk.at(plan.output(query, head), V)
+            do = do_ref.at[chunk.at(plan.output(query, head), V)]
+            decay = refs["decay"][head] * chunk.row("beta", head)
+            p = narrow(refs["qk"][plan.pair(query, head)] * decay)
+            chunk.add("dwritten", head, dot(p.T, do[...], NN))
+            yield
+        chunk.make_column("read", head)
+        yield
+        chunk.make_column("write", head)
+        yield
+
+    def own_state(chunk, head):
+        refs = chunk.scratch
+        for query in plan.queries_of(head):
+            do = do_ref.at[chunk.at(plan.output(query, head), V)]
+            q_read = narrow(q_ref[chunk.at(query, K)].T * chunk.row("read", head))
+            chunk.add("dstate", head, plan.scale * dot(q_read, do[...], NN))
+            yield
+        refs["solve"][head] = refs["inverse"][head, 0].T
+        yield
+        k = k_ref[chunk.at(plan.key(head), K)]
+        refs["k_read"][head] = narrow(k.T * chunk.row("read", head))
+
+    def outputs(chunk, head):
+        """The gradients by the products Q K^T and Q S."""
+        refs = chunk.scratch
+        for query in plan.queries_of(head):
+            do = do_ref.at[chunk.at(plan.output(query, head), V)]
             pair = plan.pair(query, head)
-            refs["p"][head] = narrow(refs["qk"][pair] * refs["decay"][head])
-            dqk = dot(do_ref[at_o], refs["written"][head], NT) * refs["decay"][head]
-            chunk.add("dqk", pair, dqk)
+            dqk = dot(do[...], refs["written"][head], NT) * refs["decay"][head]
+            chunk.add("dqk", pair, dqk * chunk.row("beta", head))
             chunk.add("between", head, dqk * refs["qk"][pair])
             yield
-            chunk.add("dwritten", head, dot(refs["p"][head].T, do_ref[at_o], NN))
-            yield
             dq_read = plan.scale * chunk.column("read", head, K) * dot(
-                do_ref[at_o], refs["state"][head], NT)
+                do[...], refs["state"][head], NT)
             chunk.add("dq", query, dq_read)
-            chunk.add("reaching", head, dq_read * q_ref[at_q])
-            yield
-            q_read = narrow(q_ref[at_q].T * chunk.row("read", head))
-            chunk.add("dstate", head, plan.scale * dot(q_read, do_ref[at_o], NN))
+            chunk.add("reaching", head, dq_read * q_ref[chunk.at(query, K)])
             yield
 
-    def own_products(chunk):
+    def step(chunk, head):
+        """What waits for the gradient of the state, and that of the state before it."""
+        refs, dstate = chunk.scratch, dstate_ref.at[0, head]
+        at_k, at_v = chunk.at(plan.key(head), K), chunk.at(head, V)
+        write, dafter = functools.partial(chunk.column, "write", head), narrow(dstate[...])
+        dwritten = refs["dwritten"][head] + write(V) * dot(k_ref[at_k], dafter, NN)
+        refs["dwritten_narrow"][head] = narrow(dwritten)
+        dk_tail = dot(refs["written"][head], dafter, NT)
+        chunk.add("dk", plan.key(head), write(K) * dk_tail)
+        chunk.put("write", head, _rows(dk_tail * k_ref[at_k]))
+        kept = jnp.sum(chunk.keep(head) * dstate[...] * refs["state"][head], keepdims=True)
+        last = lax.broadcasted_iota(jnp.int32, (1, plan.chunk), 1) == plan.chunk - 1
+        chunk.gradient("reaching", head)[...] = jnp.where(last, kept, 0.0)
+        yield
+        dv_ref[at_v] = narrow(dot(refs["solve"][head], refs["dwritten_narrow"][head], NN))
+        yield
+        dstate[...] = chunk.keep(head) * dstate[...] + (
+            refs["dstate"][head] - dot(refs["k_read"][head], dv_ref[at_v], NN))
+        yield
+
+    def systems(chunk, head):
+        """The gradients by the triangular system and its right side."""
+        refs, key = chunk.scratch, plan.key(head)
+        at_k, at_v = chunk.at(key, K), chunk.at(head, V)
+        dk_read = -chunk.column("read", head, K) * dot(dv_ref[at_v], refs["state"][head], NT)
+        chunk.add("dk", key, dk_read)
+        chunk.add("reaching", head, dk_read * k_ref[at_k])
+        yield
+        da = dot(dv_ref[at_v], refs["written"][head], NT) * refs["decay"][head]
+        refs["da"][head] = _strictly_lower(-da)
+        yield
+        dkk = refs["da"][head] * chunk.row("beta", head)
+        chunk.add("dkk", key, dkk)
+        between = (_strictly_lower(refs["between"][head]) * chunk.row("beta", head)
+                   + dkk * refs["kk"][key])
+        chunk.put("reaching", head, _rows(refs["reaching"][head], between))
+        chunk.gradient("reaching", head)[...] -= jnp.sum(between, axis=0, keepdims=True)
+        yield
+        chunk.gradient("beta", head)[...] = jnp.sum(
+            refs["between"][head] + refs["da"][head] * refs["kk"][key], axis=0, keepdims=True)
+
+    def products(chunk):
+        """The gradients of queries and keys, from those of their products."""
         refs = chunk.scratch
         for pair, (query, key) in enumerate(plan.pairs):
-            at_q, at_k = chunk.at(query, K), chunk.at(key, K)
             refs["dqk_narrow"][pair] = narrow(plan.scale * refs["dqk"][pair])
-            chunk.add("dq", query, dot(refs["dqk_narrow"][pair], k_ref[at_k], NN))
-            chunk.add("dk", key, dot(refs["dqk_narrow"][pair].T, q_ref[at_q], NN))
+            chunk.add("dq", query, dot(refs["dqk_narrow"][pair], k_ref[chunk.at(key, K)], NN))
+            yield
+            dqk = refs["dqk_narrow"][pair].T
+            chunk.add("dk", key, dot(dqk, q_ref[chunk.at(query, K)], NN))
+            yield
         for query in range(plan.queries):
             dq_ref[chunk.at(query, K)] = refs["dq"][query].astype(dq_ref.dtype)
 
-    def step(chunk, head):
-        """The gradients that wait for that of the state."""
-        refs, key, dstate = chunk.scratch, plan.key(head), dstate_ref.at[0, head]
-        at_k, at_v = chunk.at(key, K), chunk.at(head, V)
-        beta, read, write = (
-            functools.partial(chunk.column, name, head) for name in ("beta", "read", "write"))
-        dafter = narrow(dstate[...])
-        dwritten = refs["dwritten"][head] + write(V) * dot(k_ref[at_k], dafter, NN)
-        refs["dwritten_narrow"][head] = narrow(dwritten)
-        dk_tail = write(K) * dot(refs["written"][head], dafter, NT)
-        chunk.add("dk", key, dk_tail)
-        chunk.put("write", head, _rows(dk_tail * k_ref[at_k]))
-        kept = jnp.sum(chunk.keep(head) * dstate[...] * refs["state"][head], keepdims=True)
-        yield
-        dright = dot(refs["inverse"][head, 0].T, refs["dwritten_narrow"][head], NN)
-        dv_ref[at_v] = (beta(V) * dright).astype(dv_ref.dtype)
-        refs["dright"][head] = narrow(dright)
-        refs["dbeta"][head] = dright * v_ref[at_v]
-        yield
-        k_right = narrow(k_ref[at_k].T * (chunk.row("beta", head) * chunk.row("read", head)))
-        dstate[...] = chunk.keep(head) * dstate[...] + (
-            refs["dstate"][head] - dot(k_right, refs["dright"][head], NN))
-        yield
-        dk_right = -read(K) * dot(refs["dright"][head], refs["state"][head], NT)
-        chunk.add("dk", key, beta(K) * dk_right)
-        refs["dk_right"][head] = dk_right * k_ref[at_k]
-        yield
-        da = dot(refs["dright"][head], refs["written"][head], NT) * refs["decay"][head]
-        refs["da"][head] = _strictly_lower(-da)
-        yield
-        dkk = beta(plan.chunk) * refs["da"][head]
-        chunk.add("dkk", key, dkk)
-        between = _strictly_lower(refs["between"][head]) + dkk * refs["kk"][key]
-        chunk.put("reaching", head, _rows(
-            refs["reaching"][head], beta(K) * refs["dk_right"][head], between))
-        chunk.put("beta", head, _rows(
-            refs["dbeta"][head], refs["dk_right"][head], refs["da"][head] * refs["kk"][key]))
-        last = lax.broadcasted_iota(jnp.int32, (1, plan.chunk), 1) == plan.chunk - 1
-        at = plan.gradient("reaching", head)
-        dweights_ref[0, chunk.index, 0, at:at + 1] = (
-            jnp.where(last, kept, 0.0) - jnp.sum(between, axis=0, keepdims=True))
-
-    def step_products(chunk):
+    def finish(chunk):
         refs = chunk.scratch
         for key in range(plan.keys):
             at_k = chunk.at(key, K)
             dkk = narrow(refs["dkk"][key] + refs["dkk"][key].T)
             dk = refs["dk"][key] + dot(dkk, k_ref[at_k], NN)
             dk_ref[at_k] = dk.astype(dk_ref.dtype)
-        dweights_ref[0, chunk.index, 0] += refs["dcolumns"][...].T[:plan.gradients]
+        columns = refs["dcolumns"][...].T
+        reaching, write = (columns[plan.gradients_of(name)] for name in ("reaching", "write"))
+        chunk.dweights[plan.gradients_of("reaching")] += reaching
+        chunk.dweights[plan.gradients_of("beta")] += chunk.rows_of("left") * write
+        chunk.dweights[plan.gradients_of("write")] = chunk.rows_of("write") * write
 
-    chunks = [_Chunk(plan, index, rows_ref, scratch) for index in range(plan.chunks)]
-    dweights_ref[...] = jnp.zeros_like(dweights_ref)
-    for chunk in chunks:
-        lockstep([prepare(chunk)])
-        lockstep([merge(*chunk.system(head)[1:]) for head in heads])
-        lockstep([again(chunk, head) for head in heads])
-    chunks = chunks[::-1]
-    lockstep(own(chunks[0], head) for head in heads)
-    own_products(chunks[0])
-    for chunk, earlier in itertools.zip_longest(chunks, chunks[1:]):
-        chains = [step(chunk, head) for head in heads]
-        if earlier is not None:
-            chains += [own(earlier, head) for head in heads]
-        lockstep(chains)
-        step_products(chunk)
-        if earlier is not None:
-            own_products(earlier)
+    chunks = [_Chunk(plan, index, rows_ref, scratch, dweights_ref) for index in range(plan.chunks)]
+    of_all = lambda f, chunks: [f(chunk, head) for chunk in chunks for head in heads]
+    lockstep(map(prepare, chunks))
+    lockstep(of_all(lambda chunk, head: merge(*chunk.system(head)[1:]), chunks)
+             + of_all(own, chunks))
+    for index, chunk in enumerate(chunks):
+        lockstep(of_all(again, [chunk]) + of_all(own_state, [chunk])
+                 + of_all(outputs, chunks[:index][-1:]))
+    later = []
+    for chunk in reversed(chunks):
+        waiting = of_all(outputs, [chunk]) if chunk is chunks[-1] else []
+        lockstep([*of_all(step, [chunk]), *waiting, *of_all(systems, later),
+                  *map(products, later)])
+        for done in later:
+            finish(done)
+        later = [chunk]
+    lockstep([*of_all(systems, later), *map(products, later)])
+    finish(*later)
 
 
 def _rows(*terms):
@@ -439,13 +473,11 @@ def backward(plan, rows, q, k, v, do, dstate, states):
                jax.ShapeDtypeStruct(dstate.shape, jnp.float32)]
     C, heads, pairs, narrow = plan.chunk, plan.heads, len(plan.pairs), k.dtype
     scratch = _scratch(
-        plan, V, narrow, state=(heads, K, V, narrow),
-        right=(heads, C, V, narrow),
-        p=(heads, C, C, narrow), dqk=(pairs, C, C), dqk_narrow=(pairs, C, C, narrow),
-        between=(heads, C, C), reaching=(heads, C, K), dq=(plan.queries, C, K),
-        dk=(plan.keys, C, K), dkk=(plan.keys, C, C), dstate=(heads, K, V),
-        dwritten=(heads, C, V), dwritten_narrow=(heads, C, V, narrow),
-        dright=(heads, C, V, narrow), dbeta=(heads, C, V), dk_right=(heads, C, K),
+        plan, V, narrow, state=(heads, K, V, narrow), error=(heads, C, V, narrow),
+        solve=(heads, C, C, narrow), k_read=(heads, K, C, narrow), between=(heads, C, C),
+        reaching=(heads, C, K), dqk=(pairs, C, C), dqk_narrow=(pairs, C, C, narrow),
+        dq=(plan.queries, C, K), dk=(plan.keys, C, K), dkk=(plan.keys, C, C),
+        dstate=(heads, K, V), dwritten=(heads, C, V), dwritten_narrow=(heads, C, V, narrow),
         da=(heads, C, C))
     scratch["following"] = pltpu.VMEM((1, heads, K, V), jnp.float32)
     scratch["dcolumns"] = pltpu.VMEM((plan.chunks, C, LANES), jnp.float32)
