@@ -177,12 +177,18 @@ class _Chunk:
             q, k = q_ref[self.at(query, K)], k_ref[self.at(key, K)]
             self.scratch["qk"][index] = self.plan.scale * dot(q, k, NT)
 
-    def system(self, head):
-        """Of the triangular systems, one; and scratch for its inverse."""
-        plan, refs = self.plan, self.scratch
-        kk, decay = refs["kk"].at[plan.key(head)], refs["decay"].at[head]
-        rows = lambda at: kk[at] * decay[at] * self.row("beta", head)
-        return rows, refs["inverse"].at[head], refs["lower"].at[head]
+    def block_inverses(self, head):
+        refs, beta = self.scratch, self.row("beta", head)
+        kk, decay = refs["kk"].at[self.plan.key(head)], refs["decay"].at[head]
+
+        def rows(n):
+            at = slice(16 * n, 16 * (n + 1))
+            return kk[at] * decay[at] * beta
+
+        return block_inverses(rows, refs["diagonal"].at[head], refs["lower"].at[head])
+
+    def merge(self, head):
+        return merge(*(self.scratch[name].at[head] for name in ("diagonal", "lower", "inverse")))
 
 
 def _strictly_lower(x):
@@ -205,12 +211,7 @@ def _forward_kernel(plan, K, V, keep_states, *refs):
     def prepare(chunk):
         chunk.multiply(q_ref, k_ref, K)
         yield from chunk.prepare()
-        yield from together(block_inverses(*chunk.system(head)) for head in heads)
-
-    def invert(chunk, head):
-        yield from merge(*chunk.system(head)[1:])
-        inverse = chunk.scratch["inverse"][head, 0]
-        chunk.scratch["solve"][head] = inverse
+        yield from together(chunk.block_inverses(head) for head in heads)
 
     def weigh(chunk, head):
         refs, at_k = chunk.scratch, chunk.at(plan.key(head), K)
@@ -235,7 +236,7 @@ def _forward_kernel(plan, K, V, keep_states, *refs):
         refs["error"][head] = narrow(
             v_ref[at] - dot(refs["k_read"][head], narrow(state[...]), NN))
         yield
-        refs["written"][head] = narrow(dot(refs["solve"][head], refs["error"][head], NN))
+        refs["written"][head] = narrow(dot(refs["inverse"][head], refs["error"][head], NN))
         yield
         for query in plan.queries_of(head):
             at = plan.output(query, head)
@@ -252,7 +253,7 @@ def _forward_kernel(plan, K, V, keep_states, *refs):
 
     chunks = [_Chunk(plan, index, rows_ref, scratch) for index in range(plan.chunks)]
     lockstep([steps(), *map(prepare, chunks)])
-    lockstep([f(chunk, head) for f in (invert, weigh) for chunk in chunks for head in heads])
+    lockstep([f(chunk, head) for f in (_Chunk.merge, weigh) for chunk in chunks for head in heads])
 
 
 def _backward_kernel(plan, K, V, *refs):
@@ -268,7 +269,6 @@ def _backward_kernel(plan, K, V, *refs):
     def prepare(chunk):
         chunk.multiply(q_ref, k_ref, K)
         yield from chunk.prepare()
-        yield from together(block_inverses(*chunk.system(head)) for head in heads)
 
     def again(chunk, head):
         """What the forward pass did not keep."""
@@ -278,7 +278,8 @@ def _backward_kernel(plan, K, V, *refs):
         read = chunk.column("read", head, V) * dot(k_ref[at_k], refs["state"][head], NN)
         refs["error"][head] = narrow(v_ref[chunk.at(head, V)] - read)
         yield
-        refs["written"][head] = narrow(dot(refs["inverse"][head, 0], refs["error"][head], NN))
+        refs["written"][head] = narrow(dot(refs["inverse"][head], refs["error"][head], NN))
+        refs["solve"][head] = refs["inverse"][head].T
         yield
         if chunk.index < plan.chunks - 1:
             k_write = narrow(k_ref[at_k].T * chunk.row("write", head))
@@ -306,8 +307,6 @@ def _backward_kernel(plan, K, V, *refs):
             q_read = narrow(q_ref[chunk.at(query, K)].T * chunk.row("read", head))
             chunk.add("dstate", head, plan.scale * dot(q_read, do[...], NN))
             yield
-        refs["solve"][head] = refs["inverse"][head, 0].T
-        yield
         k = k_ref[chunk.at(plan.key(head), K)]
         refs["k_read"][head] = narrow(k.T * chunk.row("read", head))
 
@@ -336,7 +335,7 @@ def _backward_kernel(plan, K, V, *refs):
         refs["dwritten_narrow"][head] = narrow(dwritten)
         dk_tail = dot(refs["written"][head], dafter, NT)
         chunk.add("dk", plan.key(head), write(K) * dk_tail)
-        chunk.put("write", head, _rows(dk_tail * k_ref[at_k]))
+        chunk.put("write", head, _sum_rows(dk_tail * k_ref[at_k]))
         kept = jnp.sum(chunk.keep(head) * dstate[...] * refs["state"][head], keepdims=True)
         last = lax.broadcasted_iota(jnp.int32, (1, plan.chunk), 1) == plan.chunk - 1
         chunk.gradient("reaching", head)[...] = jnp.where(last, kept, 0.0)
@@ -358,15 +357,16 @@ def _backward_kernel(plan, K, V, *refs):
         da = dot(dv_ref[at_v], refs["written"][head], NT) * refs["decay"][head]
         refs["da"][head] = _strictly_lower(-da)
         yield
-        dkk = refs["da"][head] * chunk.row("beta", head)
-        chunk.add("dkk", key, dkk)
-        between = (_strictly_lower(refs["between"][head]) * chunk.row("beta", head)
-                   + dkk * refs["kk"][key])
-        chunk.put("reaching", head, _rows(refs["reaching"][head], between))
-        chunk.gradient("reaching", head)[...] -= jnp.sum(between, axis=0, keepdims=True)
+        chunk.add("dkk", key, refs["da"][head] * chunk.row("beta", head))
         yield
-        chunk.gradient("beta", head)[...] = jnp.sum(
-            refs["between"][head] + refs["da"][head] * refs["kk"][key], axis=0, keepdims=True)
+        da = refs["da"][head] * refs["kk"][key]
+        chunk.gradient("beta", head)[...] = _sum_columns(refs["between"][head] + da)
+        between = _strictly_lower(refs["between"][head]) + da
+        refs["between"][head] = between * chunk.row("beta", head)
+        yield
+        chunk.put("reaching", head, _sum_rows(refs["reaching"][head], refs["between"][head]))
+        yield
+        chunk.gradient("reaching", head)[...] -= _sum_columns(refs["between"][head])
 
     def products(chunk):
         """The gradients of queries and keys, from those of their products."""
@@ -397,8 +397,8 @@ def _backward_kernel(plan, K, V, *refs):
     chunks = [_Chunk(plan, index, rows_ref, scratch, dweights_ref) for index in range(plan.chunks)]
     of_all = lambda f, chunks: [f(chunk, head) for chunk in chunks for head in heads]
     lockstep(map(prepare, chunks))
-    lockstep(of_all(lambda chunk, head: merge(*chunk.system(head)[1:]), chunks)
-             + of_all(own, chunks))
+    lockstep(of_all(_Chunk.block_inverses, chunks))
+    lockstep(of_all(_Chunk.merge, chunks) + of_all(own, chunks))
     for index, chunk in enumerate(chunks):
         lockstep(of_all(again, [chunk]) + of_all(own_state, [chunk])
                  + of_all(outputs, chunks[:index][-1:]))
@@ -414,7 +414,11 @@ def _backward_kernel(plan, K, V, *refs):
     finish(*later)
 
 
-def _rows(*terms):
+def _sum_columns(x):
+    return jnp.sum(x, axis=0, keepdims=True)
+
+
+def _sum_rows(*terms):
     """The sums of each row of all the terms; only one reduction for those of the same width."""
     sums = {}
     for x in terms:
@@ -454,7 +458,7 @@ def forward(plan, rows, q, k, v, initial_state, keep_states):
         outputs.append("states")
     H, narrow = plan.heads, k.dtype
     scratch = _scratch(
-        plan, V, narrow, solve=(H, C, C, narrow), k_read=(H, C, K, narrow),
+        plan, V, narrow, k_read=(H, C, K, narrow),
         k_write=(H, K, C, narrow), keep=(H, 1, C), p=(plan.outputs, C, C, narrow),
         q_read=(plan.outputs, C, K, narrow), error=(H, C, V, narrow))
     return call(
@@ -500,6 +504,7 @@ def _scratch(plan, V, narrow, **per_chunk):
         decay=keep(plan.heads, C, C),
         kk=keep(plan.keys, C, C),
         qk=keep(len(plan.pairs), C, C),
+        inverse=keep(plan.heads, C, C, narrow),
         written=keep(plan.heads, C, V, narrow),
         **tpu_triangular.scratch(plan.chunks, plan.heads, C, plan.exact),
         **{name: keep(*shape) for name, shape in per_chunk.items()},

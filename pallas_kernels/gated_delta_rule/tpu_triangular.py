@@ -40,34 +40,40 @@ def together(chains):
 
 
 def scratch(chunks, heads, C, exact):
-    """Of inverses and of the blocks to be merged, by name."""
+    """Of blocks that are inverted already, and of those that are not yet, by name."""
     dtype, parts = (jnp.float32, 1) if exact else (jnp.bfloat16, 2)
     keep = lambda rows: pltpu.VMEM((chunks, heads, parts, rows, C), dtype)
-    return dict(inverse=keep(C), lower=keep(max(_BLOCK, C - _BLOCK)))
+    return dict(diagonal=keep(C), lower=keep(max(_BLOCK, C - _BLOCK)))
 
 
-def block_inverses(a, inverse, lower):
-    """Leaves the inverses of the blocks of 16 of `I + strictly_lower(a)` in `inverse`.
+def block_inverses(a, diagonal, lower):
+    """Leaves the inverses of the blocks of 16 of `I + strictly_lower(a)` in `diagonal`.
 
-    `a(rows)` gives rows of the matrix [C, C]; what else there is of it waits in `lower`.
+    `a(n)` gives the rows [16, C] of a block. What else there is of them is left in `lower`.
     """
-    C = inverse.shape[-1]
+    C = diagonal.shape[-1]
     block = lax.broadcasted_iota(jnp.int32, (_BLOCK, C), 1) >> 4
-    diagonal, merged = jnp.zeros((_BLOCK, C)), {}
+    x = jnp.zeros((_BLOCK, C))
     for n in range(C // _BLOCK):
-        rows = a(slice(n * _BLOCK, (n + 1) * _BLOCK))
-        diagonal = jnp.where(block == n, rows, diagonal)
-        for level in range(_levels(C)):
-            if n >> level & 1:
-                at = (1 << level) - 1 + n % (1 << level)
-                left = block >> level == (n >> level) - 1
-                merged[at] = jnp.where(left, rows, merged[at]) if at in merged else rows
-                if n + (2 << level) > C // _BLOCK:
-                    _store(lower, slice(at * _BLOCK, (at + 1) * _BLOCK), merged[at])
+        x = jnp.where(block == n, a(n), x)
     yield
-    x = yield from _substitute(diagonal)
-    for n in range(C // _BLOCK):
-        _store(inverse, slice(n * _BLOCK, (n + 1) * _BLOCK), jnp.where(block == n, x, 0.0))
+    for level in range(_levels(C)):
+        size = 1 << level  # in blocks
+        for n in range(size, 2 * size):
+            rows = a(n)
+            for more in range(n + 2 * size, C // _BLOCK, 2 * size):
+                rows = jnp.where(block >> level == (more >> level) - 1, a(more), rows)
+            _store(lower, _rows(n - 1), rows)
+        yield
+    x = yield from _substitute(x)
+    for part, values in enumerate(_split(x, diagonal)):
+        values = values.astype(jnp.float32)
+        for n in range(C // _BLOCK):
+            diagonal[part, _rows(n)] = jnp.where(block == n, values, 0.0).astype(diagonal.dtype)
+
+
+def _rows(n):
+    return slice(n * _BLOCK, (n + 1) * _BLOCK)
 
 
 def _substitute(a):
@@ -90,17 +96,20 @@ def _levels(C):
     return (C // _BLOCK).bit_length() - 1
 
 
-def merge(inverse, lower):
-    """From the inverses of diagonal blocks to that of the whole."""
+def merge(diagonal, lower, inverse):
+    """The inverse of the whole from those of blocks."""
     C = inverse.shape[-1]
     for level in range(_levels(C)):
         size = _BLOCK << level
-        yield from _merge(inverse, lower.at[:, size - _BLOCK:2 * size - _BLOCK], size)
+        yield from _merge(diagonal, lower.at[:, size - _BLOCK:2 * size - _BLOCK], size,
+                          inverse if 2 * size == C else None)
+    if C == _BLOCK:
+        inverse[...] = diagonal[0]
 
 
-def _merge(inverse, lower, size):
-    """To those of twice the size, whose lower left blocks M X waits in on its way to -Y M X."""
-    C = inverse.shape[-1]
+def _merge(diagonal, lower, size, inverse):
+    """To blocks of twice the size, whose lower left ones M X waits in on its way to -Y M X."""
+    C = diagonal.shape[-1]
     column = lax.broadcasted_iota(jnp.int32, (size, C), 1)
     rights = [slice(first, first + size) for first in range(size, C, 2 * size)]
     left_of = lambda rows: (column >= rows.start - size) & (column < rows.start)
@@ -108,12 +117,17 @@ def _merge(inverse, lower, size):
 
     def put(product):
         for rows in rights:
-            _store(inverse, rows, jnp.where(left_of(rows), product, _load(inverse, rows)))
+            _store(diagonal, rows, jnp.where(left_of(rows), product, _load(diagonal, rows)))
 
-    put(_product([lower[n] for n in range(lower.shape[0])], inverse))
+    put(_product([lower[n] for n in range(lower.shape[0])], diagonal))
     yield
-    y = sum(jnp.where(right_of(rows), _load(inverse, rows), 0.0) for rows in rights)
-    put(-_product(_split(y, inverse), inverse))
+    y = sum(jnp.where(right_of(rows), _load(diagonal, rows), 0.0) for rows in rights)
+    product = -_product(_split(y, diagonal), diagonal)
+    if inverse is None:
+        put(product)
+    else:
+        inverse[:size] = diagonal[0, :size]
+        inverse[size:] = jnp.where(column < size, product, y).astype(inverse.dtype)
     yield
 
 
@@ -121,9 +135,10 @@ def _product(x, parts):
     """The product of sums of parts."""
     if len(x) == 1:
         return dot(x[0], parts[0], NN)
-    rows = x[0].shape[0]
-    by_high = dot(jnp.concatenate(x), parts[0], NN)
-    return by_high[:rows] + (by_high[rows:] + dot(x[0], parts[1], NN))
+    high, low = x  # what is added to other products comes last, so as not to wait for them
+    by_low = dot(high, parts[1], NN)
+    by_high = dot(jnp.concatenate([low, high]), parts[0], NN)
+    return by_low + by_high[:len(low)] + by_high[len(low):]
 
 
 def _load(parts, rows):

@@ -61,10 +61,10 @@ def test_keys_that_repeat_cost_no_precision(beta, rng):
     a = np.tril(np.full((T, T), beta, np.float32), -1)
 
     def kernel(a_ref, inverse_ref, scratch):
-        inverse, lower = (scratch[name].at[0, 0] for name in ("inverse", "lower"))
-        lockstep([block_inverses(lambda rows: a_ref[rows], inverse, lower)])
-        lockstep([merge(inverse, lower)])
-        inverse_ref[...] = inverse[0]
+        diagonal, lower = (scratch[name].at[0, 0] for name in ("diagonal", "lower"))
+        rows = lambda n: a_ref[16 * n:16 * (n + 1)]
+        lockstep([block_inverses(rows, diagonal, lower)])
+        lockstep([merge(diagonal, lower, inverse_ref)])
 
     inverse = pl.pallas_call(kernel, jax.ShapeDtypeStruct((T, T), jnp.float32),
                              scratch_shapes=[tpu_triangular.scratch(1, 1, T, exact=True)])
