@@ -11,12 +11,13 @@ and, for gradients dO of the outputs and dS' of the state that leaves,
     dE = P^T dO + write beta (K dS')        dV = U^T dE
     dS = keep dS' + scale (read Q)^T dO - (read K)^T dV
 
-A grid step takes several chunks of several heads: their inverses do not wait for a state, and fill
-the latencies of the products that do. The forward pass of a gradient keeps the state that enters
+A grid step takes several chunks of several heads. Inverses wait for no state: the forward pass
+makes those of the next grid step while the products with states wait for one another; so it has one
+step more, the first, and the second writes over its outputs. What a product leaves for another
+waits in VMEM, so that registers suffice. The forward pass of a gradient keeps the state that enters
 each grid step; the backward pass computes the inverses, the other states and E again.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -25,170 +26,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.gated_delta_rule import tpu_triangular
-from pallas_kernels.gated_delta_rule.tpu_triangular import block_inverses, lockstep, merge, together
-from pallas_kernels.mosaic_tpu import LANES, NN, NT, as_column, call, dot, unknown_zero
+from pallas_kernels.gated_delta_rule import tpu_chunks
+from pallas_kernels.gated_delta_rule.tpu_chunks import Chunk, Plan
+from pallas_kernels.gated_delta_rule.tpu_triangular import lockstep, together
+from pallas_kernels.mosaic_tpu import LANES, NN, NT, call, dot
 
 _VMEM = 40 * 2**20  # bytes: the default, 16 MiB, is too few for the scratch
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is known when the kernels are built; heads are those of a grid step."""
-
-    heads: int  # states
-    keys: int  # divides `heads`
-    queries: int  # divides `heads`, or is a multiple
-    chunk: int  # tokens per chunk
-    chunks: int  # per grid step
-    scale: float
-    packed: bool
-    exact: bool  # float32
-
-    @property
-    def block(self):
-        return self.chunk * self.chunks
-
-    # Rows of the array of weights: a group of `heads` each, one for the documents' first tokens.
-    def row(self, name, head=0):
-        return self._groups.index(name) * self.heads + head
-
-    @property
-    def _groups(self):
-        return ("beta", "read", "left", "write", "keep", "total", *["rest"] * self.exact, "first")
-
-    @property
-    def rows(self):
-        return self.row("first") + self.packed
-
-    def key(self, head):
-        return head * self.keys // self.heads
-
-    def queries_of(self, head):
-        group = max(1, self.queries // self.heads)
-        first = head * self.queries // self.heads
-        return range(first, first + group)
-
-    @property
-    def pairs(self):
-        """The queries and the keys that meet."""
-        return sorted({(query, self.key(head))
-                       for head in range(self.heads) for query in self.queries_of(head)})
-
-    def pair(self, query, head):
-        return self.pairs.index((query, self.key(head)))
-
-    @property
-    def outputs(self):
-        return max(self.heads, self.queries)
-
-    def output(self, query, head):
-        return query if self.queries > self.heads else head
-
-    # Rows of the array of their gradients.
-    def gradient(self, name, head=0):
-        return ("beta", "reaching", "write").index(name) * self.heads + head
-
-    def gradients_of(self, name):
-        return slice(self.gradient(name), self.gradient(name) + self.heads)
-
-    @property
-    def gradients(self):
-        return 3 * self.heads
-
-
-class _Chunk:
-    """One chunk of a grid step: its part of the arrays and of the scratch, its heads' weights.
-
-    Weights are rows (tokens are lanes) or columns (tokens are sublanes, repeated in all lanes).
-    """
-
-    def __init__(self, plan, index, rows_ref, scratch, dweights_ref=None):
-        self.plan, self.index, self.rows = plan, index, rows_ref.at[0, index, 0]
-        self.tokens = slice(index * plan.chunk, (index + 1) * plan.chunk)
-        self.dweights = None if dweights_ref is None else dweights_ref.at[0, index, 0]
-        self.begun = set()
-        self.scratch = {name: ref.at[unknown_zero() + index % ref.shape[0]]
-                        for name, ref in scratch.items()}
-
-    def at(self, head, width):
-        return 0, self.tokens, slice(head * width, (head + 1) * width)
-
-    def row(self, name, head=0):
-        at = self.plan.row(name, head)
-        return self.rows[at:at + 1]
-
-    def rows_of(self, name):
-        at = self.plan.row(name)
-        return self.rows[at:at + self.plan.heads]
-
-    def keep(self, head):
-        return self.row("keep", head)[:, :1]
-
-    def column(self, name, head, width):
-        column = self.scratch["columns"][self.plan.row(name, head)]
-        if width <= LANES:
-            return column[:, :width]
-        return jnp.concatenate([column] * (width // LANES), axis=1)
-
-    def make_column(self, name, head=0):
-        self.scratch["columns"][self.plan.row(name, head)] = as_column(self.row(name, head))
-
-    def prepare(self):
-        """The decays from token to token."""
-        plan, C = self.plan, self.plan.chunk
-        i, j = (lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
-        visible = j <= i
-        if plan.packed:
-            self.make_column("first")
-            visible &= j >= self.column("first", 0, C).astype(jnp.int32)
-        self.scratch["visible"][...] = jnp.where(visible, 0.0, -jnp.inf)
-        for head in range(plan.heads):
-            yield
-            for name in ("total", *["rest"] * plan.exact):
-                self.make_column(name, head)
-            difference = self.column("total", head, C) - self.row("total", head)
-            if plan.exact:
-                difference += self.column("rest", head, C) - self.row("rest", head)
-            self.scratch["decay"][head] = jnp.exp(difference + self.scratch["visible"][...])
-
-    def add(self, name, at, x):
-        """To a sum in scratch, which the first of its terms begins."""
-        ref = self.scratch[name]
-        ref[at] = ref[at] + x if (name, at) in self.begun else x
-        self.begun.add((name, at))
-
-    def gradient(self, name, head):
-        """Of a weight, as a row."""
-        at = self.plan.gradient(name, head)
-        return self.dweights.at[at:at + 1]
-
-    def put(self, name, head, column):
-        """The gradient of a weight, or a part of it, as a column."""
-        at = self.plan.gradient(name, head)
-        self.scratch["dcolumns"][:, at:at + 1] = column
-
-    def multiply(self, q_ref, k_ref, K):
-        """What the chunk's keys and queries are to each other."""
-        for key in range(self.plan.keys):
-            k = k_ref[self.at(key, K)]
-            self.scratch["kk"][key] = dot(k, k, NT)
-        for index, (query, key) in enumerate(self.plan.pairs):
-            q, k = q_ref[self.at(query, K)], k_ref[self.at(key, K)]
-            self.scratch["qk"][index] = self.plan.scale * dot(q, k, NT)
-
-    def block_inverses(self, head):
-        refs, beta = self.scratch, self.row("beta", head)
-        kk, decay = refs["kk"].at[self.plan.key(head)], refs["decay"].at[head]
-
-        def rows(n):
-            at = slice(16 * n, 16 * (n + 1))
-            return kk[at] * decay[at] * beta
-
-        return block_inverses(rows, refs["diagonal"].at[head], refs["lower"].at[head])
-
-    def merge(self, head):
-        return merge(*(self.scratch[name].at[head] for name in ("diagonal", "lower", "inverse")))
 
 
 def _strictly_lower(x):
@@ -209,11 +52,13 @@ def _forward_kernel(plan, K, V, keep_states, *refs):
         states_ref[0][0, 0] = state_ref[0]
 
     def prepare(chunk):
+        """What the next grid step needs, as far as it does not replace what this one does."""
         chunk.multiply(q_ref, k_ref, K)
-        yield from chunk.prepare()
+        yield from chunk.measure()
         yield from together(chunk.block_inverses(head) for head in heads)
 
     def weigh(chunk, head):
+        """The factors of the products with states."""
         refs, at_k = chunk.scratch, chunk.at(plan.key(head), K)
         chunk.make_column("read", head)
         yield
@@ -232,9 +77,9 @@ def _forward_kernel(plan, K, V, keep_states, *refs):
             yield
 
     def step(chunk, head):
-        refs, at, state = chunk.scratch, chunk.at(head, V), state_ref.at[0, head]
-        refs["error"][head] = narrow(
-            v_ref[at] - dot(refs["k_read"][head], narrow(state[...]), NN))
+        refs, state = chunk.scratch, state_ref.at[0, head]
+        error = v_ref[chunk.at(head, V)] - dot(refs["k_read"][head], narrow(state[...]), NN)
+        refs["error"][head] = narrow(error)
         yield
         refs["written"][head] = narrow(dot(refs["inverse"][head], refs["error"][head], NN))
         yield
@@ -251,9 +96,9 @@ def _forward_kernel(plan, K, V, keep_states, *refs):
         for chunk in chunks:
             yield from together(step(chunk, head) for head in heads)
 
-    chunks = [_Chunk(plan, index, rows_ref, scratch) for index in range(plan.chunks)]
+    chunks = [Chunk(plan, index, rows_ref, scratch) for index in range(plan.chunks)]
     lockstep([steps(), *map(prepare, chunks)])
-    lockstep([f(chunk, head) for f in (_Chunk.merge, weigh) for chunk in chunks for head in heads])
+    lockstep(f(chunk, head) for f in (Chunk.merge, weigh) for chunk in chunks for head in heads)
 
 
 def _backward_kernel(plan, K, V, *refs):
@@ -268,7 +113,7 @@ def _backward_kernel(plan, K, V, *refs):
 
     def prepare(chunk):
         chunk.multiply(q_ref, k_ref, K)
-        yield from chunk.prepare()
+        yield from chunk.measure()
 
     def again(chunk, head):
         """What the forward pass did not keep."""
@@ -279,7 +124,7 @@ def _backward_kernel(plan, K, V, *refs):
         refs["error"][head] = narrow(v_ref[chunk.at(head, V)] - read)
         yield
         refs["written"][head] = narrow(dot(refs["inverse"][head], refs["error"][head], NN))
-        refs["solve"][head] = refs["inverse"][head].T
+        refs["transposed"][head] = refs["inverse"][head].T
         yield
         if chunk.index < plan.chunks - 1:
             k_write = narrow(k_ref[at_k].T * chunk.row("write", head))
@@ -287,7 +132,7 @@ def _backward_kernel(plan, K, V, *refs):
                 chunk.keep(head) * state[...] + dot(k_write, refs["written"][head], NN))
 
     def own(chunk, head):
-        """What waits for no state nor inverse."""
+        """What the outputs give to E by the products Q K^T; columns of weights."""
         refs = chunk.scratch
         for query in plan.queries_of(head):
             do = do_ref.at[chunk.at(plan.output(query, head), V)]
@@ -301,6 +146,7 @@ def _backward_kernel(plan, K, V, *refs):
         yield
 
     def own_state(chunk, head):
+        """What the outputs give to the state before, and the factor of what the system gives."""
         refs = chunk.scratch
         for query in plan.queries_of(head):
             do = do_ref.at[chunk.at(plan.output(query, head), V)]
@@ -311,7 +157,7 @@ def _backward_kernel(plan, K, V, *refs):
         refs["k_read"][head] = narrow(k.T * chunk.row("read", head))
 
     def outputs(chunk, head):
-        """The gradients by the products Q K^T and Q S."""
+        """The gradients of the products Q K^T and Q S."""
         refs = chunk.scratch
         for query in plan.queries_of(head):
             do = do_ref.at[chunk.at(plan.output(query, head), V)]
@@ -340,14 +186,14 @@ def _backward_kernel(plan, K, V, *refs):
         last = lax.broadcasted_iota(jnp.int32, (1, plan.chunk), 1) == plan.chunk - 1
         chunk.gradient("reaching", head)[...] = jnp.where(last, kept, 0.0)
         yield
-        dv_ref[at_v] = narrow(dot(refs["solve"][head], refs["dwritten_narrow"][head], NN))
+        dv_ref[at_v] = narrow(dot(refs["transposed"][head], refs["dwritten_narrow"][head], NN))
         yield
         dstate[...] = chunk.keep(head) * dstate[...] + (
             refs["dstate"][head] - dot(refs["k_read"][head], dv_ref[at_v], NN))
         yield
 
     def systems(chunk, head):
-        """The gradients by the triangular system and its right side."""
+        """The gradients of the triangular system and its right side."""
         refs, key = chunk.scratch, plan.key(head)
         at_k, at_v = chunk.at(key, K), chunk.at(head, V)
         dk_read = -chunk.column("read", head, K) * dot(dv_ref[at_v], refs["state"][head], NT)
@@ -382,6 +228,7 @@ def _backward_kernel(plan, K, V, *refs):
             dq_ref[chunk.at(query, K)] = refs["dq"][query].astype(dq_ref.dtype)
 
     def finish(chunk):
+        """The gradients of keys and weights, of which all parts are there."""
         refs = chunk.scratch
         for key in range(plan.keys):
             at_k = chunk.at(key, K)
@@ -394,11 +241,11 @@ def _backward_kernel(plan, K, V, *refs):
         chunk.dweights[plan.gradients_of("beta")] += chunk.rows_of("left") * write
         chunk.dweights[plan.gradients_of("write")] = chunk.rows_of("write") * write
 
-    chunks = [_Chunk(plan, index, rows_ref, scratch, dweights_ref) for index in range(plan.chunks)]
+    chunks = [Chunk(plan, index, rows_ref, scratch, dweights_ref) for index in range(plan.chunks)]
     of_all = lambda f, chunks: [f(chunk, head) for chunk in chunks for head in heads]
     lockstep(map(prepare, chunks))
-    lockstep(of_all(_Chunk.block_inverses, chunks))
-    lockstep(of_all(_Chunk.merge, chunks) + of_all(own, chunks))
+    lockstep(of_all(Chunk.block_inverses, chunks))
+    lockstep(of_all(Chunk.merge, chunks) + of_all(own, chunks))
     for index, chunk in enumerate(chunks):
         lockstep(of_all(again, [chunk]) + of_all(own_state, [chunk])
                  + of_all(outputs, chunks[:index][-1:]))
@@ -428,9 +275,11 @@ def _sum_rows(*terms):
     return sum(jnp.sum(x, axis=1, keepdims=True) for x in sums.values())
 
 
-def _specs(plan, K, V, block_of, ahead=None):
-    """Block specs by the kind of array; the grid is (groups of heads, rows, blocks of tokens)."""
-    ahead = ahead or block_of
+def _specs(plan, K, V, block_of, ahead):
+    """Block specs by the kind of array; the grid is (groups of heads, rows, blocks of tokens).
+
+    Of blocks of tokens, `ahead` gives those of queries, keys and weights, `block_of` the others'.
+    """
     at = lambda heads, width, block_of=block_of: pl.BlockSpec(
         (1, plan.block, heads * width), lambda h, b, n: (b, block_of(n), h))
     return dict(
@@ -445,7 +294,7 @@ def _specs(plan, K, V, block_of, ahead=None):
     )
 
 
-def forward(plan, rows, q, k, v, initial_state, keep_states):
+def forward(plan: Plan, rows, q, k, v, initial_state, keep_states):
     B, T, _ = q.shape
     K, V = initial_state.shape[2:]
     blocks, G = T // plan.block, initial_state.shape[1] // plan.heads
@@ -457,7 +306,7 @@ def forward(plan, rows, q, k, v, initial_state, keep_states):
         shapes.append(jax.ShapeDtypeStruct((B, blocks, *initial_state.shape[1:]), jnp.float32))
         outputs.append("states")
     H, narrow = plan.heads, k.dtype
-    scratch = _scratch(
+    scratch = tpu_chunks.scratch(
         plan, V, narrow, k_read=(H, C, K, narrow),
         k_write=(H, K, C, narrow), keep=(H, 1, C), p=(plan.outputs, C, C, narrow),
         q_read=(plan.outputs, C, K, narrow), error=(H, C, V, narrow))
@@ -468,7 +317,7 @@ def forward(plan, rows, q, k, v, initial_state, keep_states):
         (G, B, blocks + 1), [scratch], vmem_limit_bytes=_VMEM)
 
 
-def backward(plan, rows, q, k, v, do, dstate, states):
+def backward(plan: Plan, rows, q, k, v, do, dstate, states):
     B, T, _ = q.shape
     _, H, K, V = dstate.shape
     blocks, G = T // plan.block, H // plan.heads
@@ -476,36 +325,19 @@ def backward(plan, rows, q, k, v, do, dstate, states):
     shapes += [jax.ShapeDtypeStruct((*rows.shape[:3], plan.gradients, plan.chunk), jnp.float32),
                jax.ShapeDtypeStruct(dstate.shape, jnp.float32)]
     C, heads, pairs, narrow = plan.chunk, plan.heads, len(plan.pairs), k.dtype
-    scratch = _scratch(
+    scratch = tpu_chunks.scratch(
         plan, V, narrow, state=(heads, K, V, narrow), error=(heads, C, V, narrow),
-        solve=(heads, C, C, narrow), k_read=(heads, K, C, narrow), between=(heads, C, C),
+        transposed=(heads, C, C, narrow), k_read=(heads, K, C, narrow), between=(heads, C, C),
         reaching=(heads, C, K), dqk=(pairs, C, C), dqk_narrow=(pairs, C, C, narrow),
         dq=(plan.queries, C, K), dk=(plan.keys, C, K), dkk=(plan.keys, C, C),
         dstate=(heads, K, V), dwritten=(heads, C, V), dwritten_narrow=(heads, C, V, narrow),
         da=(heads, C, C))
     scratch["following"] = pltpu.VMEM((1, heads, K, V), jnp.float32)
     scratch["dcolumns"] = pltpu.VMEM((plan.chunks, C, LANES), jnp.float32)
+    reverse = lambda n: blocks - 1 - n
     return call(
         functools.partial(_backward_kernel, plan, K, V), "gated_delta_rule_backward",
-        _specs(plan, K, V, lambda n: blocks - 1 - n),
+        _specs(plan, K, V, reverse, reverse),
         ["rows", "q", "k", "v", "o", "state", "states"], ["q", "k", "v", "dweights", "state"],
         [rows, q, k, v, do, dstate, states], shapes, (G, B, blocks), [scratch],
         vmem_limit_bytes=_VMEM)
-
-
-def _scratch(plan, V, narrow, **per_chunk):
-    """What waits in VMEM, by name: shapes and types."""
-    C = plan.chunk
-    keep = lambda number, rows, columns, dtype=jnp.float32: pltpu.VMEM(
-        (plan.chunks, number, rows, columns), dtype)
-    return dict(
-        columns=keep(plan.rows, C, LANES),
-        visible=pltpu.VMEM((plan.chunks, C, C), jnp.float32),
-        decay=keep(plan.heads, C, C),
-        kk=keep(plan.keys, C, C),
-        qk=keep(len(plan.pairs), C, C),
-        inverse=keep(plan.heads, C, C, narrow),
-        written=keep(plan.heads, C, V, narrow),
-        **tpu_triangular.scratch(plan.chunks, plan.heads, C, plan.exact),
-        **{name: keep(*shape) for name, shape in per_chunk.items()},
-    )

@@ -4,9 +4,9 @@ As in `triangular.py`, blocks are merged, those of one size all at once:
 
     [[L, 0], [M, R]]^-1 = [[X, 0], [-Y M X, Y]]        with X, Y the inverses of L and R
 
-and blocks of 16 are inverted by substitution. Blocks of a size lie side by side, [size, C], where
-they are multiplied from the right by a matrix [C, C] that has others on its diagonal. Matrices wait
-in VMEM, as sums of parts: one in float32, or else two in bfloat16, for where keys resemble one
+and those of 16 are inverted by substitution. The blocks M, and the Y, of one size lie side by side,
+[size, C], and are multiplied by a matrix [C, C] that has the X on its diagonal. In VMEM matrices
+are sums of parts: of one in float32, or else of two in bfloat16, since where keys resemble one
 another the 8 bits of one are too few.
 
 What works in turns with other chains of operations is a generator that yields where its next
@@ -40,7 +40,7 @@ def together(chains):
 
 
 def scratch(chunks, heads, C, exact):
-    """Of blocks that are inverted already, and of those that are not yet, by name."""
+    """By name: of blocks on the diagonal, as they are inverted, and of those to merge them with."""
     dtype, parts = (jnp.float32, 1) if exact else (jnp.bfloat16, 2)
     keep = lambda rows: pltpu.VMEM((chunks, heads, parts, rows, C), dtype)
     return dict(diagonal=keep(C), lower=keep(max(_BLOCK, C - _BLOCK)))
@@ -49,20 +49,21 @@ def scratch(chunks, heads, C, exact):
 def block_inverses(a, diagonal, lower):
     """Leaves the inverses of the blocks of 16 of `I + strictly_lower(a)` in `diagonal`.
 
-    `a(n)` gives the rows [16, C] of a block. What else there is of them is left in `lower`.
+    `a(rows)` gives rows of the matrix. What else than those blocks there is of it waits in `lower`.
     """
     C = diagonal.shape[-1]
     block = lax.broadcasted_iota(jnp.int32, (_BLOCK, C), 1) >> 4
     x = jnp.zeros((_BLOCK, C))
     for n in range(C // _BLOCK):
-        x = jnp.where(block == n, a(n), x)
+        x = jnp.where(block == n, a(_rows(n)), x)
     yield
     for level in range(_levels(C)):
         size = 1 << level  # in blocks
         for n in range(size, 2 * size):
-            rows = a(n)
+            rows = a(_rows(n))
             for more in range(n + 2 * size, C // _BLOCK, 2 * size):
-                rows = jnp.where(block >> level == (more >> level) - 1, a(more), rows)
+                left = block >> level == (more >> level) - 1
+                rows = jnp.where(left, a(_rows(more)), rows)
             _store(lower, _rows(n - 1), rows)
         yield
     x = yield from _substitute(x)
