@@ -28,6 +28,7 @@ class Plan:
         return self.chunk * self.chunks
 
     # Rows of the array of weights: a group of `heads` each, one for the documents' first tokens.
+    # Of what a token adds to the state, `left` is left at the chunk's end; `write` is beta of it.
     def row(self, name, head=0):
         return self._groups.index(name) * self.heads + head
 

@@ -44,7 +44,7 @@ def _forward_kernel(plan, K, V, keep_states, *refs):
     narrow = lambda x: x.astype(k_ref.dtype)
     heads = range(plan.heads)
 
-    @pl.when(pl.program_id(2) <= 1)
+    @pl.when(pl.program_id(2) <= 1)  # the first grid step's products are of nothing
     def _():
         state_ref[...] = initial_ref[...]
 
