@@ -85,7 +85,7 @@ def _weights(plan, beta, decay, segments):
     if segments is not None:
         before, after = (x[..., None, None] for x in at_borders(segments, plan.chunk))
         read, write, keep = cut_at_borders(tokens, before, after, read, write, keep)
-    groups = [beta, read, write, jnp.broadcast_to(keep, read.shape)]
+    groups = [beta, read, write, beta * write, jnp.broadcast_to(keep, read.shape)]
     groups += [total, rest] if plan.exact else [total + rest]
     rows = jnp.stack(groups, axis=2)  # [B, N, groups, H, C]
     B, N, _, H, C = rows.shape

@@ -1,24 +1,24 @@
 """The Pallas Mosaic TPU kernels of the gated delta rule by chunks, forward and backward.
 
-The equations of `xla.py`: with S the state that enters a chunk, D the decay from token to token,
-and T the inverse of I + A, A = strictly_lower(beta (K K^T) . D),
+The equations of `xla.py`, but for beta, which multiplies columns of matrices instead of rows: with
+S the state that enters a chunk, D the decay from token to token, P = scale (Q K^T) . D beta^T, and
+U the inverse of I + strictly_lower((K K^T) . D beta^T), so that beta E is what tokens write,
 
-    E = T (beta (V - read K S))        O = scale ((Q K^T) . D E + read Q S)
-    S' = keep S + K^T (write E)
+    E = U (V - read K S)        O = P E + scale read Q S        S' = keep S + K^T (write beta E)
 
-and, for gradients dO of the outputs and dS' of the state that leaves, with P = scale (Q K^T) . D,
+and, for gradients dO of the outputs and dS' of the state that leaves,
 
-    dE = P^T dO + write (K dS')        dR = T^T dE        dV = beta dR
-    dS = keep dS' + scale (read Q)^T dO - (beta read K)^T dR
+    dE = P^T dO + write beta (K dS')        dV = U^T dE
+    dS = keep dS' + scale (read Q)^T dO - (read K)^T dV
 
-A grid step takes several chunks of several heads: their inverses do not wait for a state, and fill
-the latencies of the products that do. The forward pass of a gradient keeps the state that enters
+A grid step takes several chunks of several heads. Inverses wait for no state: the forward pass
+makes those of the next grid step while the products with states wait for one another; so it has one
+step more, the first, and the second writes over its outputs. What a product leaves for another
+waits in VMEM, so that registers suffice. The forward pass of a gradient keeps the state that enters
 each grid step; the backward pass computes the inverses, the other states and E again.
 """
 
-import dataclasses
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -26,109 +26,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.gated_delta_rule.tpu_triangular import lockstep, unit_lower_inverse
+from pallas_kernels.gated_delta_rule import tpu_chunks
+from pallas_kernels.gated_delta_rule.tpu_chunks import Chunk, Plan
+from pallas_kernels.gated_delta_rule.tpu_triangular import lockstep, together
 from pallas_kernels.mosaic_tpu import LANES, NN, NT, call, dot
 
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is known when the kernels are built; heads are those of a grid step."""
-
-    heads: int  # states
-    keys: int  # divides `heads`
-    queries: int  # divides `heads`, or is a multiple
-    chunk: int  # tokens per chunk
-    chunks: int  # per grid step
-    scale: float
-    packed: bool
-    exact: bool  # float32
-
-    @property
-    def block(self):
-        return self.chunk * self.chunks
-
-    # Rows of the array of weights: a group of `heads` each, one for the documents' first tokens.
-    def row(self, name, head=0):
-        return self._groups.index(name) * self.heads + head
-
-    @property
-    def _groups(self):
-        return ("beta", "read", "write", "keep", "total", *["rest"] * self.exact, "first")
-
-    @property
-    def rows(self):
-        return self.row("first") + self.packed
-
-    def key(self, head):
-        return head * self.keys // self.heads
-
-    def queries_of(self, head):
-        group = max(1, self.queries // self.heads)
-        first = head * self.queries // self.heads
-        return range(first, first + group)
-
-    def output(self, query, head):
-        return query if self.queries > self.heads else head
-
-    # Rows of the array of their gradients.
-    def gradient(self, name, head=0):
-        return ("beta", "reaching", "write").index(name) * self.heads + head
-
-    @property
-    def gradients(self):
-        return 3 * self.heads
-
-
-class _Chunk:
-    """One chunk of a grid step: its part of the arrays, and the weights of its heads.
-
-    Weights are rows (tokens are lanes) or columns (tokens are sublanes).
-    """
-
-    def __init__(self, plan, index, rows_ref, columns_ref):
-        self.plan, self.index = plan, index
-        self.rows_ref, self.columns_ref = rows_ref.at[0, index, 0], columns_ref.at[index]
-        self.tokens = slice(index * plan.chunk, (index + 1) * plan.chunk)
-        # The compiler would make columns anew for each use.
-        self.column, self.intra = functools.cache(self._column), functools.cache(self._intra)
-        self._visible = functools.cache(self._visible)
-
-    def at(self, head, width):
-        return 0, self.tokens, slice(head * width, (head + 1) * width)
-
-    def row(self, name, head=0):
-        at = self.plan.row(name, head)
-        return self.rows_ref[at:at + 1]
-
-    def keep(self, head):
-        return self.row("keep", head)[:, :1]
-
-    def _column(self, name, head=0):
-        at = self.plan.row(name, head)
-        return self.columns_ref[:, at:at + 1]
-
-    def _visible(self):
-        """Which tokens j of a document come before token i, or are it."""
-        C = self.plan.chunk
-        j = lax.broadcasted_iota(jnp.int32, (C, C), 1)
-        visible = j <= lax.broadcasted_iota(jnp.int32, (C, C), 0)
-        if self.plan.packed:
-            visible &= j >= self.column("first").astype(jnp.int32)
-        return visible
-
-    def _intra(self, head):
-        difference = self.column("total", head) - self.row("total", head)
-        if self.plan.exact:
-            difference += self.column("rest", head) - self.row("rest", head)
-        return jnp.exp(jnp.where(self._visible(), difference, -jnp.inf))
-
-
-def _chunks_of_step(plan, rows_ref, columns_ref):
-    for index in range(plan.chunks):
-        rows = rows_ref[0, index, 0]
-        rows = jnp.concatenate([rows, jnp.zeros((LANES - len(rows), plan.chunk), rows.dtype)])
-        columns_ref[index] = rows.T
-    return [_Chunk(plan, index, rows_ref, columns_ref) for index in range(plan.chunks)]
+_VMEM = 40 * 2**20  # bytes: the default, 16 MiB, is too few for the scratch
 
 
 def _strictly_lower(x):
@@ -136,160 +39,254 @@ def _strictly_lower(x):
     return jnp.where(j < i, x, 0.0)
 
 
-def _write(chunk, head, k, v, state, inverse_ref):
-    """What the tokens of a chunk write, and the state after it."""
-    error = v - chunk.column("read", head) * dot(k, state.astype(k.dtype), NN)
-    yield
-    right = (chunk.column("beta", head) * error).astype(k.dtype)
-    written = dot(inverse_ref[chunk.index, head], right, NN).astype(k.dtype)
-    yield
-    k_write = (k.T * chunk.row("write", head)).astype(k.dtype)
-    return written, chunk.keep(head) * state + dot(k_write, written, NN)
-
-
-def _in_order(step, chunks, plan, k_ref, K, inverse_ref):
-    """`step` of each chunk, from state to state, while the next chunk's systems are inverted."""
-
-    def invert(chunk, head):
-        k = k_ref[chunk.at(plan.key(head), K)]
-        a = _strictly_lower(chunk.column("beta", head) * dot(k, k, NT) * chunk.intra(head))
-        yield
-        inverse = yield from unit_lower_inverse(a, plan.exact)
-        inverse_ref[chunk.index, head] = inverse.astype(inverse_ref.dtype)
-
-    heads = range(plan.heads)
-    lockstep(invert(chunks[0], head) for head in heads)
-    for chunk, later in itertools.zip_longest(chunks, chunks[1:]):
-        chains = [step(chunk, head) for head in heads]
-        if later is not None:
-            chains += [invert(later, head) for head in heads]
-        lockstep(chains)
-
-
 def _forward_kernel(plan, K, V, keep_states, *refs):
-    (rows_ref, q_ref, k_ref, v_ref, initial_ref, o_ref, state_ref, *states_ref,
-     columns_ref, inverse_ref) = refs
+    rows_ref, q_ref, k_ref, v_ref, initial_ref, o_ref, state_ref, *states_ref, scratch = refs
+    narrow = lambda x: x.astype(k_ref.dtype)
+    heads = range(plan.heads)
 
-    @pl.when(pl.program_id(2) == 0)
+    @pl.when(pl.program_id(2) <= 1)  # the first grid step's products are of nothing
     def _():
         state_ref[...] = initial_ref[...]
 
     if keep_states:
         states_ref[0][0, 0] = state_ref[0]
 
-    def step(chunk, head):
-        k, state = k_ref[chunk.at(plan.key(head), K)], state_ref[0, head]
-        written, state_ref[0, head] = yield from _write(
-            chunk, head, k, v_ref[chunk.at(head, V)], state, inverse_ref)
-        read, state = chunk.column("read", head), state.astype(k.dtype)
+    def prepare(chunk):
+        """What the next grid step needs, as far as it does not replace what this one does."""
+        chunk.multiply(q_ref, k_ref, K)
+        yield from chunk.measure()
+        yield from together(chunk.block_inverses(head) for head in heads)
+
+    def weigh(chunk, head):
+        """The factors of the products with states."""
+        refs, at_k = chunk.scratch, chunk.at(plan.key(head), K)
+        chunk.make_column("read", head)
+        yield
+        refs["k_read"][head] = narrow(chunk.column("read", head, K) * k_ref[at_k])
+        yield
+        refs["k_write"][head] = narrow(k_ref[at_k].T * chunk.row("write", head))
+        yield
+        refs["keep"][head] = chunk.row("keep", head)
         for query in plan.queries_of(head):
+            at = plan.output(query, head)
+            decay = refs["decay"][head] * chunk.row("beta", head)
+            refs["p"][at] = narrow(refs["qk"][plan.pair(query, head)] * decay)
             yield
             q = q_ref[chunk.at(query, K)]
-            p = (plan.scale * dot(q, k, NT) * chunk.intra(head)).astype(k.dtype)
-            o = dot(p, written, NN) + plan.scale * read * dot(q, state, NN)
-            o_ref[chunk.at(plan.output(query, head), V)] = o.astype(o_ref.dtype)
+            refs["q_read"][at] = narrow(plan.scale * chunk.column("read", head, K) * q)
+            yield
 
-    chunks = _chunks_of_step(plan, rows_ref, columns_ref)
-    _in_order(step, chunks, plan, k_ref, K, inverse_ref)
+    def step(chunk, head):
+        refs, state = chunk.scratch, state_ref.at[0, head]
+        error = v_ref[chunk.at(head, V)] - dot(refs["k_read"][head], narrow(state[...]), NN)
+        refs["error"][head] = narrow(error)
+        yield
+        refs["written"][head] = narrow(dot(refs["inverse"][head], refs["error"][head], NN))
+        yield
+        for query in plan.queries_of(head):
+            at = plan.output(query, head)
+            o = dot(refs["p"][at], refs["written"][head], NN)
+            o += dot(refs["q_read"][at], narrow(state[...]), NN)
+            o_ref[chunk.at(at, V)] = o.astype(o_ref.dtype)
+        keep = refs["keep"][head][:, :1]
+        state[...] = keep * state[...] + dot(refs["k_write"][head], refs["written"][head], NN)
+        yield
+
+    def steps():
+        for chunk in chunks:
+            yield from together(step(chunk, head) for head in heads)
+
+    chunks = [Chunk(plan, index, rows_ref, scratch) for index in range(plan.chunks)]
+    lockstep([steps(), *map(prepare, chunks)])
+    lockstep(f(chunk, head) for f in (Chunk.merge, weigh) for chunk in chunks for head in heads)
 
 
 def _backward_kernel(plan, K, V, *refs):
     (rows_ref, q_ref, k_ref, v_ref, do_ref, dlast_ref, before_ref,
-     dq_ref, dk_ref, dv_ref, dweights_ref, dstate_ref,
-     columns_ref, dcolumns_ref, inverse_ref, written_ref, state_ref, next_ref) = refs
+     dq_ref, dk_ref, dv_ref, dweights_ref, dstate_ref, scratch) = refs
+    narrow = lambda x: x.astype(k_ref.dtype)
+    heads = range(plan.heads)
 
     @pl.when(pl.program_id(2) == 0)
     def _():
         dstate_ref[...] = dlast_ref[...]
 
+    def prepare(chunk):
+        chunk.multiply(q_ref, k_ref, K)
+        yield from chunk.measure()
+
     def again(chunk, head):
         """What the forward pass did not keep."""
-        index, k = chunk.index, k_ref[chunk.at(plan.key(head), K)]
-        state = next_ref[head] if index else before_ref[0, 0, head]
-        state_ref[index, head] = state.astype(k.dtype)
-        written_ref[index, head], next_ref[head] = yield from _write(
-            chunk, head, k, v_ref[chunk.at(head, V)], state, inverse_ref)
-
-    def step(chunk, head, dq, dk):
-        index, k, v = chunk.index, k_ref[chunk.at(plan.key(head), K)], v_ref[chunk.at(head, V)]
-        narrow = lambda x: x.astype(k.dtype)
-        intra = chunk.intra(head)
-        beta, read, write = (chunk.column(name, head) for name in ("beta", "read", "write"))
-        written, state = written_ref[index, head], state_ref[index, head]
-        dafter = dstate_ref[0, head]
-        dwritten = write * dot(k, narrow(dafter), NN)
-        dk_tail = write * dot(written, narrow(dafter), NT)
-        dstate = chunk.keep(head) * dafter
-        kept = jnp.sum(dstate * state, keepdims=True)
-        dk_own, reaching, between = dk_tail, 0.0, 0.0
+        refs, at_k = chunk.scratch, chunk.at(plan.key(head), K)
+        state = refs["following"].at[head] if chunk.index else before_ref.at[0, 0, head]
+        refs["state"][head] = narrow(state[...])
+        read = chunk.column("read", head, V) * dot(k_ref[at_k], refs["state"][head], NN)
+        refs["error"][head] = narrow(v_ref[chunk.at(head, V)] - read)
         yield
+        refs["written"][head] = narrow(dot(refs["inverse"][head], refs["error"][head], NN))
+        refs["transposed"][head] = refs["inverse"][head].T
+        yield
+        if chunk.index < plan.chunks - 1:
+            k_write = narrow(k_ref[at_k].T * chunk.row("write", head))
+            refs["following"][head] = (
+                chunk.keep(head) * state[...] + dot(k_write, refs["written"][head], NN))
+
+    def own(chunk, head):
+        """What the outputs give to E by the products Q K^T; columns of weights."""
+        refs = chunk.scratch
         for query in plan.queries_of(head):
-            q, do = q_ref[chunk.at(query, K)], do_ref[chunk.at(plan.output(query, head), V)]
-            qk = plan.scale * dot(q, k, NT)
-            dqk = dot(do, written, NT) * intra
-            dwritten += dot(narrow(qk * intra).T, do, NN)
+            do = do_ref.at[chunk.at(plan.output(query, head), V)]
+            decay = refs["decay"][head] * chunk.row("beta", head)
+            p = narrow(refs["qk"][plan.pair(query, head)] * decay)
+            chunk.add("dwritten", head, dot(p.T, do[...], NN))
             yield
-            dq_read = plan.scale * read * dot(do, state, NT)
-            dstate += plan.scale * dot(narrow(q.T * chunk.row("read", head)), do, NN)
+        chunk.make_column("read", head)
+        yield
+        chunk.make_column("write", head)
+        yield
+
+    def own_state(chunk, head):
+        """What the outputs give to the state before, and the factor of what the system gives."""
+        refs = chunk.scratch
+        for query in plan.queries_of(head):
+            do = do_ref.at[chunk.at(plan.output(query, head), V)]
+            q_read = narrow(q_ref[chunk.at(query, K)].T * chunk.row("read", head))
+            chunk.add("dstate", head, plan.scale * dot(q_read, do[...], NN))
             yield
-            between += dqk * qk
-            dqk = narrow(plan.scale * dqk)
-            dq[query].append(dot(dqk, k, NN) + dq_read)
-            dk_own += dot(dqk.T, q, NN)
-            reaching += _rows(dq_read * q)
+        k = k_ref[chunk.at(plan.key(head), K)]
+        refs["k_read"][head] = narrow(k.T * chunk.row("read", head))
+
+    def outputs(chunk, head):
+        """The gradients of the products Q K^T and Q S."""
+        refs = chunk.scratch
+        for query in plan.queries_of(head):
+            do = do_ref.at[chunk.at(plan.output(query, head), V)]
+            pair = plan.pair(query, head)
+            dqk = dot(do[...], refs["written"][head], NT) * refs["decay"][head]
+            chunk.add("dqk", pair, dqk * chunk.row("beta", head))
+            chunk.add("between", head, dqk * refs["qk"][pair])
             yield
-        dright = dot(inverse_ref[index, head].T, narrow(dwritten), NN)
-        dv_ref[chunk.at(head, V)] = (beta * dright).astype(dv_ref.dtype)
-        yield
-        dbeta, dright = _rows(dright * v), narrow(dright)
-        k_right = narrow(k.T * (chunk.row("beta", head) * chunk.row("read", head)))
-        dstate_ref[0, head] = dstate - dot(k_right, dright, NN)
-        dk_right = -read * dot(dright, state, NT)
-        da = _strictly_lower(-dot(dright, written, NT) * intra)
-        yield
-        kk = dot(k, k, NT)
-        dkk = beta * da
-        right = _rows(dk_right * k)
-        dbeta += right + _rows(da * kk)
-        between = _strictly_lower(between) + dkk * kk
-        reaching += beta * right + _rows(between)
-        yield
-        dk[plan.key(head)].append(dk_own + beta * dk_right + dot(narrow(dkk + dkk.T), k, NN))
-        for name, x in dict(beta=dbeta, reaching=reaching, write=_rows(dk_tail * k)).items():
-            at = plan.gradient(name, head)
-            dcolumns_ref[:, at:at + 1] = x
+            dq_read = plan.scale * chunk.column("read", head, K) * dot(
+                do[...], refs["state"][head], NT)
+            chunk.add("dq", query, dq_read)
+            chunk.add("reaching", head, dq_read * q_ref[chunk.at(query, K)])
+            yield
+
+    def step(chunk, head):
+        """What waits for the gradient of the state, and that of the state before it."""
+        refs, dstate = chunk.scratch, dstate_ref.at[0, head]
+        at_k, at_v = chunk.at(plan.key(head), K), chunk.at(head, V)
+        write, dafter = functools.partial(chunk.column, "write", head), narrow(dstate[...])
+        dwritten = refs["dwritten"][head] + write(V) * dot(k_ref[at_k], dafter, NN)
+        refs["dwritten_narrow"][head] = narrow(dwritten)
+        dk_tail = dot(refs["written"][head], dafter, NT)
+        chunk.add("dk", plan.key(head), write(K) * dk_tail)
+        chunk.put("write", head, _sum_rows(dk_tail * k_ref[at_k]))
+        kept = jnp.sum(chunk.keep(head) * dstate[...] * refs["state"][head], keepdims=True)
         last = lax.broadcasted_iota(jnp.int32, (1, plan.chunk), 1) == plan.chunk - 1
-        at = plan.gradient("reaching", head)
-        dweights_ref[0, index, 0, at:at + 1] = (
-            jnp.where(last, kept, 0.0) - jnp.sum(between, axis=0, keepdims=True))
+        chunk.gradient("reaching", head)[...] = jnp.where(last, kept, 0.0)
+        yield
+        dv_ref[at_v] = narrow(dot(refs["transposed"][head], refs["dwritten_narrow"][head], NN))
+        yield
+        dstate[...] = chunk.keep(head) * dstate[...] + (
+            refs["dstate"][head] - dot(refs["k_read"][head], dv_ref[at_v], NN))
+        yield
 
-    chunks = _chunks_of_step(plan, rows_ref, columns_ref)
-    dcolumns_ref[...] = jnp.zeros_like(dcolumns_ref)
-    dweights_ref[...] = jnp.zeros_like(dweights_ref)
-    _in_order(again, chunks, plan, k_ref, K, inverse_ref)
+    def systems(chunk, head):
+        """The gradients of the triangular system and its right side."""
+        refs, key = chunk.scratch, plan.key(head)
+        at_k, at_v = chunk.at(key, K), chunk.at(head, V)
+        dk_read = -chunk.column("read", head, K) * dot(dv_ref[at_v], refs["state"][head], NT)
+        chunk.add("dk", key, dk_read)
+        chunk.add("reaching", head, dk_read * k_ref[at_k])
+        yield
+        da = dot(dv_ref[at_v], refs["written"][head], NT) * refs["decay"][head]
+        refs["da"][head] = _strictly_lower(-da)
+        yield
+        chunk.add("dkk", key, refs["da"][head] * chunk.row("beta", head))
+        yield
+        da = refs["da"][head] * refs["kk"][key]
+        chunk.gradient("beta", head)[...] = _sum_columns(refs["between"][head] + da)
+        between = _strictly_lower(refs["between"][head]) + da
+        refs["between"][head] = between * chunk.row("beta", head)
+        yield
+        chunk.put("reaching", head, _sum_rows(refs["reaching"][head], refs["between"][head]))
+        yield
+        chunk.gradient("reaching", head)[...] -= _sum_columns(refs["between"][head])
+
+    def products(chunk):
+        """The gradients of queries and keys, from those of their products."""
+        refs = chunk.scratch
+        for pair, (query, key) in enumerate(plan.pairs):
+            refs["dqk_narrow"][pair] = narrow(plan.scale * refs["dqk"][pair])
+            chunk.add("dq", query, dot(refs["dqk_narrow"][pair], k_ref[chunk.at(key, K)], NN))
+            yield
+            dqk = refs["dqk_narrow"][pair].T
+            chunk.add("dk", key, dot(dqk, q_ref[chunk.at(query, K)], NN))
+            yield
+        for query in range(plan.queries):
+            dq_ref[chunk.at(query, K)] = refs["dq"][query].astype(dq_ref.dtype)
+
+    def finish(chunk):
+        """The gradients of keys and weights, of which all parts are there."""
+        refs = chunk.scratch
+        for key in range(plan.keys):
+            at_k = chunk.at(key, K)
+            dkk = narrow(refs["dkk"][key] + refs["dkk"][key].T)
+            dk = refs["dk"][key] + dot(dkk, k_ref[at_k], NN)
+            dk_ref[at_k] = dk.astype(dk_ref.dtype)
+        columns = refs["dcolumns"][...].T
+        reaching, write = (columns[plan.gradients_of(name)] for name in ("reaching", "write"))
+        chunk.dweights[plan.gradients_of("reaching")] += reaching
+        chunk.dweights[plan.gradients_of("beta")] += chunk.rows_of("left") * write
+        chunk.dweights[plan.gradients_of("write")] = chunk.rows_of("write") * write
+
+    chunks = [Chunk(plan, index, rows_ref, scratch, dweights_ref) for index in range(plan.chunks)]
+    of_all = lambda f, chunks: [f(chunk, head) for chunk in chunks for head in heads]
+    lockstep(map(prepare, chunks))
+    lockstep(of_all(Chunk.block_inverses, chunks))
+    lockstep(of_all(Chunk.merge, chunks) + of_all(own, chunks))
+    for index, chunk in enumerate(chunks):
+        lockstep(of_all(again, [chunk]) + of_all(own_state, [chunk])
+                 + of_all(outputs, chunks[:index][-1:]))
+    later = []
     for chunk in reversed(chunks):
-        dq, dk = ([[] for _ in range(n)] for n in (plan.queries, plan.keys))
-        lockstep(step(chunk, head, dq, dk) for head in range(plan.heads))
-        for query, parts in enumerate(dq):
-            dq_ref[chunk.at(query, K)] = sum(parts).astype(dq_ref.dtype)
-        for key, parts in enumerate(dk):
-            dk_ref[chunk.at(key, K)] = sum(parts).astype(dk_ref.dtype)
-        dweights_ref[0, chunk.index, 0] += dcolumns_ref[...].T[:plan.gradients]
+        waiting = of_all(outputs, [chunk]) if chunk is chunks[-1] else []
+        lockstep([*of_all(step, [chunk]), *waiting, *of_all(systems, later),
+                  *map(products, later)])
+        for done in later:
+            finish(done)
+        later = [chunk]
+    lockstep([*of_all(systems, later), *map(products, later)])
+    finish(*later)
 
 
-def _rows(x):
-    return jnp.sum(x, axis=1, keepdims=True)
+def _sum_columns(x):
+    return jnp.sum(x, axis=0, keepdims=True)
 
 
-def _specs(plan, K, V, block_of):
-    """Block specs by the kind of array; the grid is (groups of heads, rows, blocks of tokens)."""
-    at = lambda heads, width: pl.BlockSpec(
+def _sum_rows(*terms):
+    """The sums of each row of all the terms; only one reduction for those of the same width."""
+    sums = {}
+    for x in terms:
+        for at in range(0, x.shape[1], LANES):
+            part = x[:, at:at + LANES]
+            sums[part.shape[1]] = sums.get(part.shape[1], 0.0) + part
+    return sum(jnp.sum(x, axis=1, keepdims=True) for x in sums.values())
+
+
+def _specs(plan, K, V, block_of, ahead):
+    """Block specs by the kind of array; the grid is (groups of heads, rows, blocks of tokens).
+
+    Of blocks of tokens, `ahead` gives those of queries, keys and weights, `block_of` the others'.
+    """
+    at = lambda heads, width, block_of=block_of: pl.BlockSpec(
         (1, plan.block, heads * width), lambda h, b, n: (b, block_of(n), h))
     return dict(
         rows=pl.BlockSpec((1, plan.chunks, 1, plan.rows, plan.chunk),
-                          lambda h, b, n: (b, block_of(n), h, 0, 0)),
-        q=at(plan.queries, K), k=at(plan.keys, K), v=at(plan.heads, V),
-        o=at(max(plan.heads, plan.queries), V),
+                          lambda h, b, n: (b, ahead(n), h, 0, 0)),
+        q=at(plan.queries, K, ahead), k=at(plan.keys, K, ahead), v=at(plan.heads, V),
+        o=at(plan.outputs, V),
         state=pl.BlockSpec((1, plan.heads, K, V), lambda h, b, n: (b, h, 0, 0)),
         states=pl.BlockSpec((1, 1, plan.heads, K, V), lambda h, b, n: (b, block_of(n), h, 0, 0)),
         dweights=pl.BlockSpec((1, plan.chunks, 1, plan.gradients, plan.chunk),
@@ -297,48 +294,50 @@ def _specs(plan, K, V, block_of):
     )
 
 
-def forward(plan, rows, q, k, v, initial_state, keep_states):
+def forward(plan: Plan, rows, q, k, v, initial_state, keep_states):
     B, T, _ = q.shape
-    _, H, K, V = initial_state.shape
-    blocks, G = T // plan.block, H // plan.heads
-    width = G * max(plan.heads, plan.queries) * V
+    K, V = initial_state.shape[2:]
+    blocks, G = T // plan.block, initial_state.shape[1] // plan.heads
+    C, width = plan.chunk, G * plan.outputs * V
     shapes = [jax.ShapeDtypeStruct((B, T, width), v.dtype),
               jax.ShapeDtypeStruct(initial_state.shape, jnp.float32)]
     outputs = ["o", "state"]
     if keep_states:
-        shapes.append(jax.ShapeDtypeStruct((B, blocks, H, K, V), jnp.float32))
+        shapes.append(jax.ShapeDtypeStruct((B, blocks, *initial_state.shape[1:]), jnp.float32))
         outputs.append("states")
+    H, narrow = plan.heads, k.dtype
+    scratch = tpu_chunks.scratch(
+        plan, V, narrow, k_read=(H, C, K, narrow),
+        k_write=(H, K, C, narrow), keep=(H, 1, C), p=(plan.outputs, C, C, narrow),
+        q_read=(plan.outputs, C, K, narrow), error=(H, C, V, narrow))
     return call(
         functools.partial(_forward_kernel, plan, K, V, keep_states), "gated_delta_rule_forward",
-        _specs(plan, K, V, lambda n: n), ["rows", "q", "k", "v", "state"], outputs,
-        [rows, q, k, v, initial_state], shapes, (G, B, blocks),
-        [_columns(plan), _inverses(plan, k.dtype)])
+        _specs(plan, K, V, lambda n: jnp.maximum(n - 1, 0), lambda n: jnp.minimum(n, blocks - 1)),
+        ["rows", "q", "k", "v", "state"], outputs, [rows, q, k, v, initial_state], shapes,
+        (G, B, blocks + 1), [scratch], vmem_limit_bytes=_VMEM)
 
 
-def backward(plan, rows, q, k, v, do, dstate, states):
+def backward(plan: Plan, rows, q, k, v, do, dstate, states):
     B, T, _ = q.shape
     _, H, K, V = dstate.shape
     blocks, G = T // plan.block, H // plan.heads
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
     shapes += [jax.ShapeDtypeStruct((*rows.shape[:3], plan.gradients, plan.chunk), jnp.float32),
                jax.ShapeDtypeStruct(dstate.shape, jnp.float32)]
-    per_chunk = lambda *shape: pltpu.VMEM((plan.chunks, plan.heads, *shape), k.dtype)
-    scratch = [
-        _columns(plan),
-        pltpu.VMEM((plan.chunk, LANES), jnp.float32),
-        _inverses(plan, k.dtype), per_chunk(plan.chunk, V), per_chunk(K, V),
-        pltpu.VMEM((plan.heads, K, V), jnp.float32),
-    ]
+    C, heads, pairs, narrow = plan.chunk, plan.heads, len(plan.pairs), k.dtype
+    scratch = tpu_chunks.scratch(
+        plan, V, narrow, state=(heads, K, V, narrow), error=(heads, C, V, narrow),
+        transposed=(heads, C, C, narrow), k_read=(heads, K, C, narrow), between=(heads, C, C),
+        reaching=(heads, C, K), dqk=(pairs, C, C), dqk_narrow=(pairs, C, C, narrow),
+        dq=(plan.queries, C, K), dk=(plan.keys, C, K), dkk=(plan.keys, C, C),
+        dstate=(heads, K, V), dwritten=(heads, C, V), dwritten_narrow=(heads, C, V, narrow),
+        da=(heads, C, C))
+    scratch["following"] = pltpu.VMEM((1, heads, K, V), jnp.float32)
+    scratch["dcolumns"] = pltpu.VMEM((plan.chunks, C, LANES), jnp.float32)
+    reverse = lambda n: blocks - 1 - n
     return call(
         functools.partial(_backward_kernel, plan, K, V), "gated_delta_rule_backward",
-        _specs(plan, K, V, lambda n: blocks - 1 - n),
+        _specs(plan, K, V, reverse, reverse),
         ["rows", "q", "k", "v", "o", "state", "states"], ["q", "k", "v", "dweights", "state"],
-        [rows, q, k, v, do, dstate, states], shapes, (G, B, blocks), scratch)
-
-
-def _columns(plan):
-    return pltpu.VMEM((plan.chunks, plan.chunk, LANES), jnp.float32)
-
-
-def _inverses(plan, dtype):
-    return pltpu.VMEM((plan.chunks, plan.heads, plan.chunk, plan.chunk), dtype)
+        [rows, q, k, v, do, dstate, states], shapes, (G, B, blocks), [scratch],
+        vmem_limit_bytes=_VMEM)

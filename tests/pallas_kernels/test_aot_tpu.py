@@ -95,14 +95,21 @@ def test_odd_shapes_compile(chip, T, width, dtype, segments, decay, mesh_of):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chip, decay", [
-    ("v5e", "constant"), ("v5e", "packed"), ("v5e", "token, packed"), ("v6e", "constant")])
-def test_forward_of_linear_attention_needs_no_spills(chip, decay):
+@pytest.mark.parametrize("op, direction, chip, decay, most", [
+    ("linear_attention", "forward", "v5e", "constant", 0),
+    ("linear_attention", "forward", "v5e", "packed", 0),
+    ("linear_attention", "forward", "v5e", "token, packed", 0),
+    ("linear_attention", "forward", "v6e", "constant", 0),
+    ("linear_attention", "backward", "v5e", "constant", 50),  # 1300 where little waits in VMEM
+    ("gated_delta_rule", "forward", "v5e", "token, packed", 600),  # 1700
+    ("gated_delta_rule", "forward", "v6e", "token, packed", 600),
+])
+def test_registers_are_hardly_spilled(op, direction, chip, decay, most):
     """In a process of its own: libtpu reads once where to leave its schedules."""
-    code = ("from benchmarks.static_kernels import USED, meter; op = 'linear_attention'; "
-            f"print(meter(op, {chip!r}, USED[op], 'forward', {decay!r})['spills'])")
+    call = f"meter({op!r}, {chip!r}, USED[{op!r}], {direction!r}, {decay!r})"
+    code = f"from benchmarks.static_kernels import USED, meter; print({call}['spills'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) == 0
+    assert int(done.stdout) <= most
 
 
 def test_tpu_kernels_are_the_default_on_tpu(mesh_of):

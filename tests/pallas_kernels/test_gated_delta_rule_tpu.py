@@ -5,9 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.gated_delta_rule import gated_delta_rule, tpu, tpu_triangular
+from pallas_kernels.gated_delta_rule.tpu_triangular import block_inverses, lockstep, merge
 
 
 @pytest.fixture(autouse=True)
@@ -58,17 +60,15 @@ def test_keys_that_repeat_cost_no_precision(beta, rng):
     T = 128
     a = np.tril(np.full((T, T), beta, np.float32), -1)
 
-    @jax.jit
-    def inverse(a):
-        chain = tpu_triangular.unit_lower_inverse(a, exact=True)
-        try:
-            while True:
-                next(chain)
-        except StopIteration as end:
-            return end.value
+    def kernel(a_ref, inverse_ref, scratch):
+        diagonal, lower = (scratch[name].at[0, 0] for name in ("diagonal", "lower"))
+        lockstep([block_inverses(lambda rows: a_ref[rows], diagonal, lower)])
+        lockstep([merge(diagonal, lower, inverse_ref)])
 
+    inverse = pl.pallas_call(kernel, jax.ShapeDtypeStruct((T, T), jnp.float32),
+                             scratch_shapes=[tpu_triangular.scratch(1, 1, T, exact=True)])
     expected = np.linalg.inv(np.eye(T) + a.astype(np.float64))
-    np.testing.assert_allclose(inverse(a), expected, atol=1e-6 if beta == 1 else 1e-4)
+    np.testing.assert_allclose(jax.jit(inverse)(a), expected, atol=1e-6 if beta == 1 else 1e-4)
 
 
 @pytest.mark.parametrize(
