@@ -55,7 +55,7 @@ def selection(model: str):
     T, N = shape.T, shape.T // shape.chunk_size
     plan = topk.Plan(shape.k, shape.R**-0.5, block=min(512, N + -N % 128), packed=True, noisy=False)
     ids = lambda length: array(1, length, dtype=jnp.int32)
-    f = lambda q, landmarks, *given: topk._choose(plan, q, landmarks, (*given, None))
+    f = lambda q, landmarks, *given: topk._choose(plan, q, landmarks, *given, None)
     arrays = array(1, T, shape.G, shape.R), array(1, N, shape.G, shape.R), ids(T), ids(T), ids(N)
     return f, arrays, TILE
 
