@@ -143,10 +143,14 @@ def read_schedule(kernel: str, tokens: int) -> dict:
     cycles = max(int(after) for ordinal, after in regions if int(ordinal) > 1)
     if cycles < len(in_loop):
         cycles = cycles_of_largest
-    busiest = max((unit for unit in use if unit != "spills"), key=use.get)
     return dict(cycles_per_token=round(cycles / tokens, 3), cycles_per_step=cycles,
-                matrix_unit=use.get("MXU", 0), spills=use["spills"], busiest=UNITS[busiest],
-                busiest_share=use[busiest])
+                matrix_unit=use.get("MXU", 0), spills=use["spills"], **busiest(use))
+
+
+def busiest(use: dict) -> dict:
+    """The unit of which most slots are in use."""
+    unit = max((unit for unit in use if unit != "spills"), key=use.get)
+    return dict(busiest=UNITS[unit], busiest_share=use[unit])
 
 
 def unit_use(kernel: str) -> tuple[dict, int]:
@@ -202,12 +206,15 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
 
 
+def listed(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
 def table(results: dict) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     lines = [
         "# Static figures of the TPU kernels",
         "",
-        f"`python -m benchmarks.static_kernels`: {versions}.",
+        f"`python -m benchmarks.static_kernels`: {listed(results['versions'])}.",
         f"bfloat16, K = V = {K}, {H} heads (of the delta rule's q and k, {KEYS}). Cycles are per",
         "token and head; the backward pass of the delta rule computes its forward pass again. A",
         "tile is tokens per chunk x chunks x heads of a grid step; the one that is used is marked.",

@@ -19,15 +19,16 @@ from benchmarks import static_kernels  # first: it sets what libtpu reads when i
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.chunk_sparse_attention import tpu_kernels
+from pallas_kernels.chunk_sparse_attention import tpu, tpu_kernels
 from pallas_kernels.chunk_sparse_attention.shapes import SHAPES
 from pallas_kernels.chunk_topk import tpu as topk
 from pallas_kernels.chunk_topk.shapes import SHAPES as TOPK_SHAPES
+from pallas_kernels.mosaic_tpu import LANES
 
 CHIPS = ("v5e", "v6e", "tpu7x")
 MODELS = ("hsa-240m", "hsa-345m")
 KERNELS = ("chunk_sparse_attention_forward", "chunk_sparse_attention_backward", "chunk_topk")
-TILE, VMEM = 128, 64 * 2**20
+VMEM = 64 * 2**20
 
 
 def array(*shape: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
@@ -37,8 +38,8 @@ def array(*shape: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
 def attention(model: str, direction: str):
     """A kernel, the shapes of its arguments, and the queries of a step of its loop."""
     shape = SHAPES[model]
-    plan = tpu_kernels.Plan(TILE, shape.J, shape.K**-0.5, False, False, VMEM)
-    T, heads = 8 * TILE, max(16, shape.H // shape.G)
+    plan = tpu_kernels.Plan(tpu._TILE, shape.J, shape.K**-0.5, False, False, VMEM)
+    T, heads = 8 * tpu._TILE, max(16, shape.H // shape.G)
     q = array(1, shape.G, T, heads, shape.K)
     # Few chunks: that their gradients begin as zeros counts as taken in every step.
     k = array(1, shape.G, T // shape.chunk_size, shape.chunk_size, shape.K)
@@ -53,25 +54,24 @@ def attention(model: str, direction: str):
 def selection(model: str):
     shape = TOPK_SHAPES[model]
     T, N = shape.T, shape.T // shape.chunk_size
-    plan = topk.Plan(shape.k, shape.R**-0.5, block=min(512, N + -N % 128), packed=True, noisy=False)
+    block = min(topk._BLOCK, N + -N % LANES)
+    plan = topk.Plan(shape.k, shape.R**-0.5, block, packed=True, noisy=False)
     ids = lambda length: array(1, length, dtype=jnp.int32)
     f = lambda q, landmarks, *given: topk._choose(plan, q, landmarks, *given, None)
     arrays = array(1, T, shape.G, shape.R), array(1, N, shape.G, shape.R), ids(T), ids(T), ids(N)
-    return f, arrays, TILE
+    return f, arrays, LANES
 
 
 def meter(kernel: str, chip: str, model: str) -> dict:
     direction = kernel.removeprefix("chunk_sparse_attention_")
-    made = selection(model) if kernel == "chunk_topk" else attention(model, direction)
-    f, arrays, queries = made
+    f, arrays, queries = (
+        selection(model) if kernel == "chunk_topk" else attention(model, direction))
     static_kernels.compile_for(chip, f, *arrays)
     use, cycles = static_kernels.unit_use(kernel)
-    units = {unit: share for unit, share in use.items() if unit != "spills"}
-    busiest = max(units, key=units.get)
     return dict(
         kernel=kernel, chip=chip, model=model, queries=queries, cycles=cycles,
         cycles_per_query=round(cycles / queries, 1), spills=use["spills"],
-        busiest=static_kernels.UNITS[busiest], busiest_share=units[busiest],
+        **static_kernels.busiest(use),
     )  # fmt: skip
 
 
@@ -79,9 +79,8 @@ def table(rows: list[dict], versions: dict[str, str]) -> str:
     lines = [
         "# Static figures of the TPU kernels that choose chunks and read them",
         "",
-        "`python -m benchmarks.static_kernels_chunks`: "
-        + ", ".join(f"{name} {version}" for name, version in versions.items())
-        + ". bfloat16, packed rows.",
+        f"`python -m benchmarks.static_kernels_chunks`: {static_kernels.listed(versions)}. "
+        "bfloat16, packed rows.",
         "Cycles are those of one body of the innermost loop; waits for HBM are not timed, and the",
         "loop of `chunk_topk` over its k best counts once.",
         "",

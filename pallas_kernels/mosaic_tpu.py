@@ -6,6 +6,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
+VMEM = 40 * 2**20  # bytes, where much waits in scratch: the default, 16 MiB, is too few
 NN, NT, TN = (1, 0), (1, 1), (0, 0)  # which dimension of each matrix a product sums over
 
 
@@ -22,6 +23,11 @@ def unknown_zero():
     What is stored at places that it knows it would keep in registers, and spill.
     """
     return jnp.minimum(pl.program_id(0), 0)
+
+
+def strictly_lower(x):
+    i, j = (lax.broadcasted_iota(jnp.int32, x.shape, axis) for axis in (0, 1))
+    return jnp.where(j < i, x, 0.0)
 
 
 def as_column(row):

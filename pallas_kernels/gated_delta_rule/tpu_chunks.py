@@ -6,12 +6,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import mosaic_chunks
 from pallas_kernels.gated_delta_rule import tpu_triangular
-from pallas_kernels.mosaic_tpu import LANES, NT, as_column, dot, unknown_zero
+from pallas_kernels.mosaic_chunks import Weights
+from pallas_kernels.mosaic_tpu import LANES, NT, dot
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(Weights):
     """What is known when the kernels are built; heads are those of a grid step."""
 
     heads: int  # states
@@ -23,22 +25,10 @@ class Plan:
     packed: bool
     exact: bool  # float32
 
-    @property
-    def block(self):
-        return self.chunk * self.chunks
-
-    # Rows of the array of weights: a group of `heads` each, one for the documents' first tokens.
     # Of what a token adds to the state, `left` is left at the chunk's end; `write` is beta of it.
-    def row(self, name, head=0):
-        return self._groups.index(name) * self.heads + head
-
     @property
     def _groups(self):
         return ("beta", "read", "left", "write", "keep", "total", *["rest"] * self.exact, "first")
-
-    @property
-    def rows(self):
-        return self.row("first") + self.packed
 
     def key(self, head):
         return head * self.keys // self.heads
@@ -76,42 +66,17 @@ class Plan:
         return 3 * self.heads
 
 
-class Chunk:
-    """One chunk of a grid step: its part of the arrays and of the scratch, its heads' weights.
-
-    Weights are rows (tokens are lanes) or columns (tokens are sublanes, repeated in all lanes).
-    """
+class Chunk(mosaic_chunks.Chunk):
+    """With what its keys and queries are to each other, and gradients as their terms come."""
 
     def __init__(self, plan, index, rows_ref, scratch, dweights_ref=None):
-        self.plan, self.index, self.rows = plan, index, rows_ref.at[0, index, 0]
-        self.tokens = slice(index * plan.chunk, (index + 1) * plan.chunk)
+        super().__init__(plan, index, rows_ref, scratch)
         self.dweights = None if dweights_ref is None else dweights_ref.at[0, index, 0]
         self.begun = set()
-        self.scratch = {name: ref.at[unknown_zero() + index % ref.shape[0]]
-                        for name, ref in scratch.items()}
-
-    def at(self, head, width):
-        return 0, self.tokens, slice(head * width, (head + 1) * width)
-
-    def row(self, name, head=0):
-        at = self.plan.row(name, head)
-        return self.rows[at:at + 1]
 
     def rows_of(self, name):
         at = self.plan.row(name)
         return self.rows[at:at + self.plan.heads]
-
-    def keep(self, head):
-        return self.row("keep", head)[:, :1]
-
-    def column(self, name, head, width):
-        column = self.scratch["columns"][self.plan.row(name, head)]
-        if width <= LANES:
-            return column[:, :width]
-        return jnp.concatenate([column] * (width // LANES), axis=1)
-
-    def make_column(self, name, head=0):
-        self.scratch["columns"][self.plan.row(name, head)] = as_column(self.row(name, head))
 
     def measure(self):
         """The decays from token to token."""
@@ -126,10 +91,8 @@ class Chunk:
             yield
             for name in ("total", *["rest"] * plan.exact):
                 self.make_column(name, head)
-            difference = self.column("total", head, C) - self.row("total", head)
-            if plan.exact:
-                difference += self.column("rest", head, C) - self.row("rest", head)
-            self.scratch["decay"][head] = jnp.exp(difference + self.scratch["visible"][...])
+            difference = self.log_decay(head) + self.scratch["visible"][...]
+            self.scratch["decay"][head] = jnp.exp(difference)
 
     def add(self, name, at, x):
         """To a sum in scratch, which the first of its terms begins."""

@@ -29,14 +29,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.gated_delta_rule import tpu_chunks
 from pallas_kernels.gated_delta_rule.tpu_chunks import Chunk, Plan
 from pallas_kernels.gated_delta_rule.tpu_triangular import lockstep, together
-from pallas_kernels.mosaic_tpu import LANES, NN, NT, call, dot
-
-_VMEM = 40 * 2**20  # bytes: the default, 16 MiB, is too few for the scratch
-
-
-def _strictly_lower(x):
-    i, j = (lax.broadcasted_iota(jnp.int32, x.shape, axis) for axis in (0, 1))
-    return jnp.where(j < i, x, 0.0)
+from pallas_kernels.mosaic_tpu import LANES, NN, NT, VMEM, call, dot, strictly_lower
 
 
 def _forward_kernel(plan, K, V, keep_states, *refs):
@@ -201,13 +194,13 @@ def _backward_kernel(plan, K, V, *refs):
         chunk.add("reaching", head, dk_read * k_ref[at_k])
         yield
         da = dot(dv_ref[at_v], refs["written"][head], NT) * refs["decay"][head]
-        refs["da"][head] = _strictly_lower(-da)
+        refs["da"][head] = strictly_lower(-da)
         yield
         chunk.add("dkk", key, refs["da"][head] * chunk.row("beta", head))
         yield
         da = refs["da"][head] * refs["kk"][key]
         chunk.gradient("beta", head)[...] = _sum_columns(refs["between"][head] + da)
-        between = _strictly_lower(refs["between"][head]) + da
+        between = strictly_lower(refs["between"][head]) + da
         refs["between"][head] = between * chunk.row("beta", head)
         yield
         chunk.put("reaching", head, _sum_rows(refs["reaching"][head], refs["between"][head]))
@@ -314,7 +307,7 @@ def forward(plan: Plan, rows, q, k, v, initial_state, keep_states):
         functools.partial(_forward_kernel, plan, K, V, keep_states), "gated_delta_rule_forward",
         _specs(plan, K, V, lambda n: jnp.maximum(n - 1, 0), lambda n: jnp.minimum(n, blocks - 1)),
         ["rows", "q", "k", "v", "state"], outputs, [rows, q, k, v, initial_state], shapes,
-        (G, B, blocks + 1), [scratch], vmem_limit_bytes=_VMEM)
+        (G, B, blocks + 1), [scratch], vmem_limit_bytes=VMEM)
 
 
 def backward(plan: Plan, rows, q, k, v, do, dstate, states):
@@ -340,4 +333,4 @@ def backward(plan: Plan, rows, q, k, v, do, dstate, states):
         _specs(plan, K, V, reverse, reverse),
         ["rows", "q", "k", "v", "o", "state", "states"], ["q", "k", "v", "dweights", "state"],
         [rows, q, k, v, do, dstate, states], shapes, (G, B, blocks), [scratch],
-        vmem_limit_bytes=_VMEM)
+        vmem_limit_bytes=VMEM)

@@ -26,13 +26,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.mosaic_tpu import LANES, NN, NT, as_column, call, dot, unknown_zero
-
-_VMEM = 40 * 2**20  # bytes: the default, 16 MiB, is too few for the scratch
+from pallas_kernels.mosaic_chunks import Chunk, Weights
+from pallas_kernels.mosaic_tpu import LANES, NN, NT, VMEM, call, dot, strictly_lower
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(Weights):
     """What is known when the kernels are built."""
 
     heads: int  # per grid step
@@ -44,21 +43,9 @@ class Plan:
     exact: bool  # float32: differences of running decays need what rounding took from them
 
     @property
-    def block(self):
-        return self.chunk * self.chunks
-
-    # Rows of the array of weights: a group of `heads` each, one for the documents' first tokens.
-    def row(self, name, head=0):
-        return self._groups.index(name) * self.heads + head
-
-    @property
     def _groups(self):
         total = ["total"] * self.token_decay + ["rest"] * (self.token_decay and self.exact)
         return ("read", "write", "keep", *total, "first")
-
-    @property
-    def rows(self):
-        return self.row("first") + self.packed
 
     @property
     def weights(self):
@@ -66,53 +53,30 @@ class Plan:
         return 1 if self.token_decay else 2
 
 
-class _Chunk:
-    """One chunk of a grid step: its part of the arrays, and the weights of its heads.
-
-    Weights are rows (tokens are lanes) or columns (tokens are sublanes, repeated in all lanes).
-    """
+class _Chunk(Chunk):
+    """With the decays from token to token."""
 
     def __init__(self, plan, index, rows_ref, intra_ref, keys_ref, scratch):
-        self.plan, self.index = plan, index
-        self.rows, self.intra_ref, self.keys_ref = rows_ref.at[0, index, 0], intra_ref, keys_ref
-        self.tokens = slice(index * plan.chunk, (index + 1) * plan.chunk)
-        self.again = unknown_zero()  # loads by it are not shared with those by 0
-        self.scratch = {name: ref.at[self.again + index] for name, ref in scratch.items()}
-
-    def at(self, head, width, block=0):
-        return block, self.tokens, slice(head * width, (head + 1) * width)
-
-    def row(self, name, head):
-        at = self.plan.row(name, head)
-        return self.rows[at:at + 1]
-
-    def column(self, name, head, width):
-        column = self.scratch["columns"][self.plan.row(name, head)]
-        if width <= LANES:
-            return column[:, :width]
-        return jnp.concatenate([column] * (width // LANES), axis=1)
-
-    def keep(self, head):
-        return self.row("keep", head)[:, :1]
+        super().__init__(plan, index, rows_ref, scratch)
+        self.intra_ref, self.keys_ref = intra_ref, keys_ref
 
     def prepare(self, names):
         """The columns of the weights in `names`, and the decays from token to token."""
-        plan, columns = self.plan, self.scratch["columns"]
+        plan = self.plan
         if plan.token_decay:
             names += ("total", "rest") if plan.exact else ("total",)
-        rows = [plan.row(name, head) for head in range(plan.heads) for name in names]
-        for at in rows + [plan.row("first")] * plan.packed:
-            columns[at] = as_column(self.rows[at:at + 1])
+        for head in range(plan.heads):
+            for name in names:
+                self.make_column(name, head)
+        if plan.packed:
+            self.make_column("first")
         if plan.token_decay or plan.packed:
             first = self.column("first", 0, plan.chunk) if plan.packed else 0
             shown, hidden = (0.0, -jnp.inf) if plan.token_decay else (1.0, 0.0)
             self.scratch["visible"][...] = jnp.where(self.keys_ref[...] >= first, shown, hidden)
         for head in range(plan.heads if plan.token_decay else 0):
-            difference = self.column("total", head, plan.chunk) - self.row("total", head)
-            if plan.exact:
-                difference += self.column("rest", head, plan.chunk) - self.row("rest", head)
-            visible = self.scratch["visible"][...]
-            self.scratch["decay"][head] = plan.scale * jnp.exp(difference + visible)
+            difference = self.log_decay(head) + self.scratch["visible"][...]
+            self.scratch["decay"][head] = plan.scale * jnp.exp(difference)
 
     def intra(self, head):
         """The decays from token to token."""
@@ -225,7 +189,8 @@ def _backward_kernel(plan, K, V, decay_gradient, *refs):
         q_read = narrow(transposed[...] * chunk.row("read", head))
         dstate[...] = dot(q_read, do_ref[at_v], NN)
         if decay_gradient:
-            moments = _strictly_lower(scores[...] * (e[...] * chunk.intra(head)))
+            # What a token gives to itself would cancel but for rounding.
+            moments = strictly_lower(scores[...] * (e[...] * chunk.intra(head)))
             chunk.scratch["reaching"][head] = _in_lanes(moments) + _in_lanes(dq_read * q_ref[at_k])
             dtotal_ref[0][0, chunk.index, 0, head:head + 1] = -jnp.sum(
                 moments, axis=0, keepdims=True)
@@ -250,12 +215,6 @@ def _backward_kernel(plan, K, V, decay_gradient, *refs):
                     jnp.sum(dkept * state[...]))
 
     _one_ahead(first, second, chunks[::-1])
-
-
-def _strictly_lower(x):
-    """Without the diagonal: what a token gives to itself would cancel but for rounding."""
-    i, j = (lax.broadcasted_iota(jnp.int32, x.shape, axis) for axis in (0, 1))
-    return jnp.where(j < i, x, 0)
 
 
 def _decay_gradient(reaching, written, kept):
@@ -316,7 +275,7 @@ def forward(plan, q, k, v, initial_state, weights, keep_states):
         [x for x in weights if x is not None] + [q, k, v, initial_state], shapes,
         (H // plan.heads, B, blocks), _scratch(
             plan, scores=(C, C), k=(K, C, q.dtype), p=(C, C, q.dtype), own=(C, V),
-            written=(K, V)), vmem_limit_bytes=_VMEM)
+            written=(K, V)), vmem_limit_bytes=VMEM)
 
 
 def backward(plan, q, k, v, do, dstate, states, weights, decay_gradient):
@@ -341,7 +300,7 @@ def backward(plan, q, k, v, do, dstate, states, weights, decay_gradient):
             plan, state=(K, V), transposed=(K, C, q.dtype), scores=(C, C), e=(C, C),
             p=(C, C, q.dtype), narrow_e=(C, C, q.dtype), dk=(C, K), dv=(C, V), dstate=(K, V),
             **reaching),
-        vmem_limit_bytes=_VMEM)
+        vmem_limit_bytes=VMEM)
 
 
 def _scratch(plan, **per_head):
