@@ -67,6 +67,7 @@ def tiny() -> ConfigDict:
                 width=64,
                 vocab=256,
                 embedding_std=0.5,
+                scan=False,  # a scan of few small layers costs a CPU a fifth of a step
             ),
             linear=mixer("lightning", **heads),
             data=dict(

@@ -41,6 +41,7 @@ def tiny(layers: str = "LA", attention_rope: bool = False, linear_rope: bool = T
                 width=64,
                 vocab=256,
                 embedding_std=0.5,
+                scan=False,  # a scan of few small layers costs a CPU a fifth of a step
             ),
             data=dict(
                 tokenizer="bytes",
