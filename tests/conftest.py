@@ -38,10 +38,10 @@ def pytest_collection_modifyitems(config, items):
     chosen = config.getoption("-m")
     platform = jax.default_backend()
     for item in items:
-        if "slow" in item.keywords and "slow" not in chosen:
+        if item.get_closest_marker("slow") and "slow" not in chosen:
             item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
         for accelerator in ("gpu", "tpu"):
-            if accelerator in item.keywords and platform != accelerator:
+            if item.get_closest_marker(accelerator) and platform != accelerator:
                 item.add_marker(pytest.mark.skip(reason=f"needs a {accelerator.upper()}"))
 
 

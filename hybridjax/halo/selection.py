@@ -153,15 +153,19 @@ def scores_of_rules(
 ) -> dict[str, dict[str, list]]:
     """Each rule's `importance` of the layers, where it has one, and which layers are `kept`."""
     scores = {rule: importance(rule, measured, depth, config) for rule in RULES}
+    drop = scores["recall_drop"]
     return {
         "importance": {rule: s.tolist() for rule, s in scores.items() if s is not None},
         "kept": {
-            rule: list(PLACES[rule](depth, keep)) if s is None else largest(s, keep)
+            rule: list(PLACES[rule](depth, keep)) if s is None else largest(s, keep, drop)
             for rule, s in scores.items()
         },
     }
 
 
-def largest(scores: Float[np.ndarray, " L"], keep: int) -> list[int]:
-    """The layers with the largest scores, in order; of equal ones, the lowest layers."""
-    return sorted(int(i) for i in np.argsort(-scores, kind="stable")[:keep])
+def largest(
+    scores: Float[np.ndarray, " L"], keep: int, ties: Float[np.ndarray, " L"]
+) -> list[int]:
+    """The layers with the largest scores, in order. Of equal ones, as are all that reach the
+    official score's cap, those with the largest `ties`; the lowest, if these are equal too."""
+    return sorted(int(i) for i in np.lexsort((-ties, -scores))[:keep])

@@ -136,10 +136,9 @@ def _product(x, parts):
     """The product of sums of parts."""
     if len(x) == 1:
         return dot(x[0], parts[0], NN)
-    high, low = x  # what is added to other products comes last, so as not to wait for them
-    by_low = dot(high, parts[1], NN)
-    by_high = dot(jnp.concatenate([low, high]), parts[0], NN)
-    return by_low + by_high[:len(low)] + by_high[len(low):]
+    high, low = x
+    both = parts[...].reshape(-1, parts.shape[-1])
+    return dot(jnp.concatenate([high, high], axis=1), both, NN) + dot(low, parts[0], NN)
 
 
 def _load(parts, rows):

@@ -40,15 +40,27 @@ def test_planted_layers_are_found():
     found = selection.scores_of_rules(models, depth, 2, SelectConfig())
     halo = np.array(found["importance"]["halo"])
     assert halo[6] == 50 and 6 in found["kept"]["halo"]
-    assert planted <= set(largest(halo, 3))
+    assert planted <= set(largest(halo, 3, np.zeros(depth)))
     assert set(found["kept"]["recall_drop"]) == planted
     np.testing.assert_allclose(found["importance"]["recall_drop"][2], 0.6)
     assert set(found["kept"]["kl"]) == planted
     assert found["kept"]["all_linear"] == []
 
 
+def test_of_layers_at_the_cap_that_with_most_recall_is_kept():
+    """Text hardly needs layers 0 and 1: the ratio says nothing more of them."""
+    measured = {selection.TEACHER: Measured(0.73, 0.578, 0.0)}
+    measured[selection.ALL_LINEAR] = Measured(0.05, 0.388, 1.0)
+    for i, (recall, text) in enumerate([(0.51, 0.578), (0.11, 0.5804), (0.66, 0.53), (0.74, 0.41)]):
+        measured |= {f"linear {i}": Measured(recall, text, 0.1),
+                     f"attention {i}": Measured(0.1, 0.4, 0.9)}
+    found = selection.scores_of_rules(measured, 4, 1, SelectConfig())
+    assert found["importance"]["halo"][:2] == [50, 50]
+    assert found["kept"]["halo"] == [1]
+
+
 def test_the_lowest_of_equal_layers_is_kept():
-    assert largest(np.array([0.0, 1.0, 1.0, 1.0]), 2) == [1, 2]
+    assert largest(np.array([0.0, 1.0, 1.0, 1.0]), 2, np.zeros(4)) == [1, 2]
 
 
 @pytest.mark.parametrize(
