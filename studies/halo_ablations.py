@@ -50,7 +50,7 @@ ROWS = {
     "latter-half": Row("layers evenly in the latter half", rule="latter_half"),
     "all-linear": Row("all layers linear", rule="all_linear"),
 }
-PANELS = (  # model and multiple of the teacher's length; 0: bits per byte at that length
+PANELS = (  # model and multiple of the teacher's length; 0: what its text costs there
     ("distilled", 1),
     ("distilled", 8),
     ("finetuned", 1),
@@ -92,15 +92,16 @@ def measured(name: str, seed: int) -> dict | None:
     result = scores and cell(*place(name, chosen(name, scores)), seed)
     if not result:
         return None
+    bits = lambda model: result["models"][model]["bits_per_byte"]["1"]
     value = lambda model, times: (
-        exact(result, model)[times] if times else result["models"][model]["bits_per_byte"]["1"]
+        exact(result, model)[times] if times else 100 * (bits(model) / bits("teacher") - 1)
     )
     panels = {title(*panel): value(*panel) for panel in PANELS}
     return dict(row=name, seed=seed, layers=result["layers"], **panels)
 
 
 def title(model: str, times: int) -> str:
-    return f"{model}, {f'needle {times}x' if times else 'bits per byte'}"
+    return f"{model}, {f'needle {times}x' if times else 'bits over teacher, %'}"
 
 
 def draw(seeds: list[int]) -> None:

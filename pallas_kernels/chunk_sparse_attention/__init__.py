@@ -104,7 +104,8 @@ def _check_indices(indices, N):
     """Of concrete arrays: values of a traced one are not known yet."""
     if isinstance(indices, jax.core.Tracer):
         return
-    low, high = np.min(indices), np.max(indices)
+    indices = np.asarray(indices)  # under a trace, jax.numpy would give a tracer
+    low, high = indices.min(), indices.max()
     if low < -1 or high >= N:
         raise ValueError(f"indices must be chunks from 0 to {N - 1}, or -1 for an empty slot, "
                          f"got values from {low} to {high}")

@@ -24,7 +24,8 @@ def attend_chunks(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q = grouped(q, k.shape[2])
-    p, _ = softmax(logits_of(q, k, indices, index, scale), off_by_one, joint=weights is None)
+    logits = logits_of(q, k, indices, index, scale)
+    p, _ = softmax(logits, off_by_one, axes=(-2, -1) if weights is None else -1)
     if weights is not None:
         p = p * jnp.where(indices < 0, 0, weights)[:, :, :, None, :, None]
     o = dot("btgrjc,btgjcv->btgrv", p.astype(v.dtype), v)
@@ -51,13 +52,12 @@ def logits_of(
 
 
 def softmax(
-    logits: Float[Array, "... J C"], off_by_one: bool, joint: bool
+    logits: Float[Array, "... J C"], off_by_one: bool, axes: int | tuple[int, int]
 ) -> tuple[Float[Array, "... J C"], Float[Array, "... J 1"]]:
-    """Within each chunk or, if joint, over all of them; 0 where there is no chunk.
+    """Over `axes`: a chunk's keys, or those of all chunks too. 0 where there is no chunk.
 
     Also the logarithms of the denominators, inf where there is no chunk.
     """
-    axes = (-2, -1) if joint else -1
     largest = jax.lax.stop_gradient(logits.max(axes, keepdims=True))
     base = jnp.maximum(largest, 0) if off_by_one else jnp.where(largest == -jnp.inf, 0, largest)
     p = jnp.exp(logits - base)
@@ -65,7 +65,7 @@ def softmax(
     total += jnp.exp(-base) if off_by_one else 0
     none = total == 0
     total = jnp.where(none, 1, total)
-    return p / total, jnp.where(none, jnp.inf, base + jnp.log(total))
+    return p * (1 / total), jnp.where(none, jnp.inf, base + jnp.log(total))
 
 
 def dot(subscripts, x, y):

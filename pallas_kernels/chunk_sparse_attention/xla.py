@@ -49,7 +49,7 @@ def joint_softmax(q, k, v, indices, index, *, chunk_size, scale):
     def tile(q, indices, index):
         k, v = _fetch(chunks, indices)
         logits = logits_of(grouped(q, k.shape[2]), k, indices, index, scale)
-        p, logsumexp = softmax(logits, off_by_one=False, joint=True)
+        p, logsumexp = softmax(logits, off_by_one=False, axes=(-2, -1))
         o = dot("btgrjc,btgjcv->btgrv", p.astype(v.dtype), v)
         heads = lambda x: x.reshape(*q.shape[:3], -1)
         return heads(o), heads(jnp.where(logsumexp == jnp.inf, -jnp.inf, logsumexp))
@@ -106,9 +106,10 @@ def _by_query(chunk_size, scale, off_by_one, q, k, v, indices, weights, index, d
         k, v = _fetch(chunks, indices)
         G = k.shape[2]
         logits = logits_of(grouped(q, G), k, indices, index, scale)
-        p, logsumexp = softmax(logits, off_by_one, joint)
+        axes = (-2, -1) if joint else -1
+        p, logsumexp = softmax(logits, off_by_one, axes)
         dp = dot("btgrv,btgjcv->btgrjc", grouped(do, G), v)
-        d = (p * dp).sum((-2, -1) if joint else -1, keepdims=True)
+        d = (p * dp).sum(axes, keepdims=True)
         ds = p * (dp - d)
         dweights = None
         if not joint:
@@ -142,7 +143,7 @@ def _by_chunk(chunk_size, scale, off_by_one, q, k, v, indices, weights, index, d
             logsumexp, d = (x[..., None] for x in joint)
             p, weight = jnp.exp(logits - logsumexp), 1
         else:
-            p, _ = softmax(logits, off_by_one, joint=False)
+            p, _ = softmax(logits, off_by_one, axes=-1)
             d, weight = (p * dp).sum(-1, keepdims=True), rows_of(weights, pairs)[..., None, None]
         p = jnp.where(real[..., None, None], weight * p, 0)
         ds = scale * p * (dp - d)

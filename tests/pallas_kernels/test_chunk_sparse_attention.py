@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import zlib
 
@@ -341,3 +342,11 @@ VALID = dict(q=ones(2, 5, 4, 3), k=ones(2, 8, 2, 3), v=ones(2, 8, 2, 6), chunk_s
 def test_faults_name_the_argument_the_value_and_the_rule(change, message):
     with pytest.raises(ValueError, match=message):
         chunk_sparse_attention(**VALID | change)
+
+
+@pytest.mark.parametrize("chunk, fault", [(1, None), (2, "from 2 to 2")])
+def test_indices_that_a_compiled_function_closes_over(chunk, fault):
+    indices = jnp.full((2, 5, 2, 1), chunk, jnp.int32)
+    f = jax.jit(lambda q: chunk_sparse_attention(**VALID | dict(q=q, indices=indices)))
+    with pytest.raises(ValueError, match=fault) if fault else contextlib.nullcontext():
+        f(VALID["q"])
