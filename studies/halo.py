@@ -159,7 +159,7 @@ def draw(seeds: list[int]) -> None:
             ]  # fmt: skip
             missing = len(seeds) - len(found)
             label = name + (f" ({missing} of {len(seeds)} seeds not run)" if missing else "")
-            curve(recall, lines, f"C{i}", label)
+            curve(recall, lines, f"C{i}", label, faint=not missing)
             for x, times in ((i - 0.15, "1"), (i + 0.15, "8")):
                 points = [b[times] for b in bits]
                 text.plot([x] * len(points), points, "o" if times == "1" else "x", color=f"C{i}")
@@ -172,7 +172,7 @@ def draw(seeds: list[int]) -> None:
         recall.legend(frameon=False, fontsize=8)
         text.set_xlim(-0.6, len(MODELS) - 0.4)
         text.set_xticks(range(len(MODELS)), [n.replace(" ", "\n") for n in MODELS], fontsize=8)
-    axes[0][0].set_ylabel("needle exact match, median over seeds")
+    axes[0][0].set_ylabel("needle exact match, median over seeds if all ran")
     axes[1][0].set_ylabel("bits per byte of text\n(o: 1x, x: 8x)")
     CELLS.mkdir(parents=True, exist_ok=True)
     figure.savefig(RESULTS / "halo.png", dpi=130)
@@ -180,13 +180,17 @@ def draw(seeds: list[int]) -> None:
     print(f"{len(table)} cells; wrote {RESULTS / 'halo.png'}")
 
 
-def curve(ax, lines: list[dict[int, float]], color: str, label: str) -> None:
-    """The median over seeds, and each seed faintly."""
+def curve(ax, lines: list[dict[int, float]], color: str, label: str, faint: bool) -> None:
+    """Each seed; where all are there, faintly, with their median."""
     times = sorted(lines[0]) if lines else []
+    style = dict(color=color, marker="o", markersize=3)
     for line in lines:
-        ax.plot(times, [line[t] for t in times], color=color, alpha=0.25, linewidth=0.8)
-    median = [float(np.median([line[t] for line in lines])) for t in times]
-    ax.plot(times, median, color=color, marker="o", markersize=3, label=label)
+        seed = dict(color=color, alpha=0.25, linewidth=0.8) if faint else style | dict(label=label)
+        ax.plot(times, [line[t] for t in times], **seed)
+        label = "_" if not faint else label  # one entry of the legend
+    if faint:
+        median = [float(np.median([line[t] for line in lines])) for t in times]
+        ax.plot(times, median, label=label, **style)
 
 
 if __name__ == "__main__":
