@@ -6,9 +6,11 @@
 For each seed the default conversion (`configs/halo.py`), and beside it what else the same tokens
 could have bought: the teacher itself finetuned on the long texts of the last stage, and the hybrid
 trained from scratch on as many tokens as the conversion used, of the same lengths, with the
-teacher's optimizer. The harder task was never tuned on; its teachers take eight times the steps,
-since with one and three times as many that of seed 0 does not learn it. One that finds less than
-half of the facts at its training length has not learned the task, and is not converted.
+teacher's optimizer. Nothing was tuned on the harder task, but that ties of HALO's score are broken
+by recall since its seed 0 showed them (`first-harder-0` is its conversion before). Its teachers
+take eight times the steps, since with one and three times as many that of seed 0 does not learn it.
+One that finds less than half of the facts at its training length has not learned the task, and is
+not converted.
 
 Each model is a run in `runs/halo/`, resumed if it was interrupted; `studies/halo_selection.py`
 goes on from the same teachers. What is measured of it is kept in `docs/results/halo/`, and what is
