@@ -4,6 +4,7 @@ from collections.abc import Container, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 
@@ -57,6 +58,19 @@ def check_attention(q, k, v, q_segments, k_segments, q_index, k_index) -> None:
         raise ValueError("q_segments and k_segments must be given together")
     if T != S and (q_index is None or k_index is None):
         raise ValueError(f"q_index and k_index must be given where T ({T}) differs from S ({S})")
+
+
+def check_range(rule: str, x: Array, low: float, high: float) -> None:
+    """Of concrete arrays: values of a traced one are not known yet.
+
+    Raises:
+      ValueError: `rule`, and the least and the greatest value.
+    """
+    if isinstance(x, jax.core.Tracer):
+        return
+    x = np.asarray(x)  # jax.numpy would trace a constant that a compiled function closes over
+    if x.size and not (x.min() >= low and x.max() <= high):
+        raise ValueError(f"{rule}, got values from {x.min()} to {x.max()}")
 
 
 def check_exchange(exchange: str | None, context_axis: str | None) -> None:

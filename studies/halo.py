@@ -161,7 +161,7 @@ def draw(seeds: list[int]) -> None:
             ]  # fmt: skip
             missing = len(seeds) - len(found)
             label = name + (f" ({missing} of {len(seeds)} seeds not run)" if missing else "")
-            curve(recall, lines, f"C{i}", label, faint=not missing)
+            curve(recall, lines, f"C{i}", label, whole=not missing)
             for x, times in ((i - 0.15, "1"), (i + 0.15, "8")):
                 points = [b[times] for b in bits]
                 text.plot([x] * len(points), points, "o" if times == "1" else "x", color=f"C{i}")
@@ -182,17 +182,15 @@ def draw(seeds: list[int]) -> None:
     print(f"{len(table)} cells; wrote {RESULTS / 'halo.png'}")
 
 
-def curve(ax, lines: list[dict[int, float]], color: str, label: str, faint: bool) -> None:
-    """Each seed; where all are there, faintly, with their median."""
+def curve(ax, lines: list[dict[int, float]], color: str, label: str, whole: bool) -> None:
+    """Each seed; if they are all there, faintly, and their median."""
     times = sorted(lines[0]) if lines else []
+    median = [float(np.median([line[t] for line in lines])) for t in times] if whole else []
     style = dict(color=color, marker="o", markersize=3)
     for line in lines:
-        seed = dict(color=color, alpha=0.25, linewidth=0.8) if faint else style | dict(label=label)
-        ax.plot(times, [line[t] for t in times], **seed)
-        label = "_" if not faint else label  # one entry of the legend
-    if faint:
-        median = [float(np.median([line[t] for line in lines])) for t in times]
-        ax.plot(times, median, label=label, **style)
+        faint = dict(color=color, alpha=0.25, linewidth=0.8)
+        ax.plot(times, [line[t] for t in times], **(faint if whole else style))
+    ax.plot(times[: len(median)], median, label=label, **style)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.arguments import check_arrays, check_exchange
+from pallas_kernels.arguments import check_arrays, check_exchange, check_range
 from pallas_kernels.chunk_sparse_attention import context
 from pallas_kernels.dispatch import Dispatch
 from pallas_kernels.precision import exact_products
@@ -69,7 +68,9 @@ def chunk_sparse_attention(
     check_exchange(exchange, context_axis)
     if context_axis is not None and exchange is None:
         k, v = (jax.lax.all_gather(x, context_axis, axis=1, tiled=True) for x in (k, v))
-    _check_indices(indices, k.shape[1] // chunk_size)
+    N = k.shape[1] // chunk_size
+    check_range(f"indices must be chunks from 0 to {N - 1}, or -1 for an empty slot", indices,
+                -1, N - 1)
     attend = functools.partial(_dispatch, implementation)
     if exchange is not None:
         attend = functools.partial(context.merged, attend, axis=context_axis)
@@ -98,14 +99,3 @@ def _check_shapes(q, k, v, indices, weights, index, chunk_size):
         raise ValueError(f"query heads must be a multiple of key/value heads, got {H} and {G}")
     if chunk_size < 1 or S % chunk_size:
         raise ValueError(f"keys must be whole chunks, got {S} keys and chunk_size {chunk_size}")
-
-
-def _check_indices(indices, N):
-    """Of concrete arrays: values of a traced one are not known yet."""
-    if isinstance(indices, jax.core.Tracer):
-        return
-    indices = np.asarray(indices)  # under a trace, jax.numpy would give a tracer
-    low, high = indices.min(), indices.max()
-    if low < -1 or high >= N:
-        raise ValueError(f"indices must be chunks from 0 to {N - 1}, or -1 for an empty slot, "
-                         f"got values from {low} to {high}")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.arguments import check_arrays
+from pallas_kernels.arguments import check_arrays, check_range
 from pallas_kernels.dispatch import Dispatch
 from pallas_kernels.gated_delta_rule.context import split_gated_delta_rule
 from pallas_kernels.precision import exact_products
@@ -114,18 +114,9 @@ def _check_shapes(q, k, v, beta, decay, initial_state, segments):
 
 
 def _check_values(beta, decay, chunk_size):
-    _check_range("beta must be in [0, 2]", beta, 0, 2)
+    check_range("beta must be in [0, 2]", beta, 0, 2)
     if decay is not None:
-        _check_range("decay is a log decay and must be <= 0", decay, -np.inf, 0)
-        _check_range("decay must be finite", decay, np.finfo(np.float32).min, 0)
+        check_range("decay is a log decay and must be <= 0", decay, -np.inf, 0)
+        check_range("decay must be finite", decay, np.finfo(np.float32).min, 0)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-
-
-def _check_range(rule, x, low, high):
-    """Of concrete arrays: values of a traced one are not known yet."""
-    if isinstance(x, jax.core.Tracer):
-        return
-    x = np.asarray(x)
-    if x.size and not (x.min() >= low and x.max() <= high):
-        raise ValueError(f"{rule}, got values from {x.min()} to {x.max()}")
