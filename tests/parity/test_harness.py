@@ -134,4 +134,5 @@ def test_layers_are_selected_by_tasks(folder):
     models = json.loads((folder / "run" / "select" / "scores.json").read_text())["models"]
     assert len(models) == 6
     assert {(m["recall"], m["commonsense"]) for m in models.values()} == {(0.0, 1.0)}
-    assert models["teacher"]["kl"] == 0 < models["all linear"]["kl"]
+    # Not always zero: the teacher and its copy are compiled as two programs.
+    assert abs(models["teacher"]["kl"]) < 1e-6 < 1e-4 < models["all linear"]["kl"]
