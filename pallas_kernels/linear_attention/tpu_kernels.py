@@ -12,7 +12,8 @@ and, for gradients dO of the outputs and dS' of the state that leaves, with E = 
 
 A grid step takes several chunks of several heads: their matrix products are independent but for
 the states, and fill each other's latencies. What one product leaves for another waits in VMEM, so
-that registers suffice; and what needs no state is done one chunk ahead. The forward pass of a
+that registers suffice; what needs no state is done one chunk ahead; both terms of a gradient are
+one product, as deep as two, of factors that have the weights in them. The forward pass of a
 gradient keeps the state that enters each grid step; the backward pass recomputes those in between.
 """
 
@@ -157,12 +158,12 @@ def _backward_kernel(plan, K, V, decay_gradient, *refs):
 
     chunks = _chunks_of_step(plan, weights_refs, keys_ref, scratch)
     chunks[0].scratch["state"][...] = states_ref[0, 0]
-    for chunk, after in itertools.pairwise(chunks):
-        state, transposed = chunk.scratch["state"], chunk.scratch["transposed"]
+    for chunk, after in itertools.zip_longest(chunks, chunks[1:]):
+        state, k = chunk.scratch["state"], chunk.scratch["k"]
         for head in range(plan.heads):
-            transposed[head] = k_ref[chunk.at(head, K)].T
-        for head in range(plan.heads):
-            k_write = narrow(transposed[head] * chunk.row("write", head))
+            k[head] = k_ref[chunk.at(head, K)].T
+        for head in range(plan.heads if after else 0):
+            k_write = narrow(k[head] * chunk.row("write", head))
             written = dot(k_write, v_ref[chunk.at(head, V)], NN)
             after.scratch["state"][head] = chunk.keep(head) * state[head] + written
 
@@ -172,22 +173,25 @@ def _backward_kernel(plan, K, V, decay_gradient, *refs):
             at_k, at_v = chunk.at(head, K), chunk.at(head, V)
             chunk.scratch["scores"][head] = dot(q_ref[at_k], k_ref[at_k], NT)
             chunk.scratch["e"][head] = dot(do_ref[at_v], v_ref[at_v], NT)
-            chunk.scratch["transposed"][head] = q_ref[chunk.at(head, K, chunk.again)].T
+            chunk.scratch["q"][head] = q_ref[chunk.at(head, K, chunk.again)].T
+
+    def both(a, b, weights, c, d):
+        """a b^T + weights . (c d^T) as one product; for a decay's gradient, the second term too."""
+        if not decay_gradient:
+            return dot(_beside(a, narrow(weights(V) * c)), _beside(b, d), NT), None
+        second = weights(K) * dot(c, d, NT)
+        return dot(a, b, NT) + second, second
 
     def own(chunk, head):
         """What needs no gradient of a state."""
         at_k, at_v = chunk.at(head, K), chunk.at(head, V)
-        scores, e, transposed, p, narrow_e, state, dk, dv, dstate = (
-            chunk.scratch[name].at[head] for name in (
-                "scores", "e", "transposed", "p", "narrow_e", "state", "dk", "dv", "dstate"))
+        scores, e, k, p, narrow_e, state = (
+            chunk.scratch[name].at[head] for name in ("scores", "e", "k", "p", "narrow_e", "state"))
         p[...] = narrow(scores[...] * chunk.intra(head)).T
         narrow_e[...] = narrow(e[...] * chunk.intra(head))
-        dv[...] = dot(p[...], do_ref[at_v], NN)
-        dq_read = chunk.column("read", head, K) * dot(do_ref[at_v], narrow(state[...]), NT)
-        dq_ref[at_k] = (dot(narrow_e[...], k_ref[at_k], NN) + dq_read).astype(dq_ref.dtype)
-        dk[...] = dot(narrow_e[...].T, q_ref[at_k], NN)
-        q_read = narrow(transposed[...] * chunk.row("read", head))
-        dstate[...] = dot(q_read, do_ref[at_v], NN)
+        read = functools.partial(chunk.column, "read", head)
+        dq, dq_read = both(narrow_e[...], k[...], read, do_ref[at_v], narrow(state[...]))
+        dq_ref[at_k] = dq.astype(dq_ref.dtype)
         if decay_gradient:
             # What a token gives to itself would cancel but for rounding.
             moments = strictly_lower(scores[...] * (e[...] * chunk.intra(head)))
@@ -196,23 +200,31 @@ def _backward_kernel(plan, K, V, decay_gradient, *refs):
                 moments, axis=0, keepdims=True)
 
     def second(chunk):
+        q, p, e, state, dstate = (
+            chunk.scratch[name] for name in ("q", "p", "narrow_e", "state", "dstate"))
         for head in range(plan.heads):
             own(chunk, head)
         for head in range(plan.heads):
+            q_read = narrow(q[head] * chunk.row("read", head))
+            dstate[head] = dot(q_read, do_ref[chunk.at(head, V)], NN)
+        for head in range(plan.heads):
             at_k, at_v = chunk.at(head, K), chunk.at(head, V)
-            state, dk, dv, dstate = (
-                chunk.scratch[name].at[head] for name in ("state", "dk", "dv", "dstate"))
-            write, dafter = functools.partial(chunk.column, "write", head), dstate_ref[0, head]
-            dv_write = write(V) * dot(k_ref[at_k], narrow(dafter), NN)
-            dv_ref[at_v] = (dv[...] + dv_write).astype(dv_ref.dtype)
-            dk_write = write(K) * dot(v_ref[at_v], narrow(dafter), NT)
-            dk_ref[at_k] = (dk[...] + dk_write).astype(dk_ref.dtype)
+            dafter = dstate_ref[0, head]
+            write = functools.partial(chunk.column, "write", head)
+            dv = dot(_beside(p[head], narrow(write(K) * k_ref[at_k])),
+                     jnp.concatenate([do_ref[at_v], narrow(dafter)]), NN)
+            dv_ref[at_v] = dv.astype(dv_ref.dtype)
+            dk, dk_write = both(e[head].T, q[head], write, v_ref[at_v], narrow(dafter))
+            dk_ref[at_k] = dk.astype(dk_ref.dtype)
             dkept = chunk.keep(head) * dafter
-            dstate_ref[0, head] = dkept + dstate[...]
+            dstate_ref[0, head] = dkept + dstate[head]
             if decay_gradient:
-                dtotal_ref[0][0, chunk.index, 0, head:head + 1] += _decay_gradient(
-                    chunk.scratch["reaching"][head], _in_lanes(dk_write * k_ref[at_k]),
-                    jnp.sum(dkept * state[...]))
+                chunk.scratch["written"][head] = _in_lanes(dk_write * k_ref[at_k])
+                state[head] *= dkept
+        for head in range(plan.heads if decay_gradient else 0):
+            dtotal_ref[0][0, chunk.index, 0, head:head + 1] += _decay_gradient(
+                chunk.scratch["reaching"][head], chunk.scratch["written"][head],
+                jnp.sum(state[head]))
 
     _one_ahead(first, second, chunks[::-1])
 
@@ -228,6 +240,10 @@ def _decay_gradient(reaching, written, kept):
     last = lax.broadcasted_iota(jnp.int32, (1, C), 1) == C - 1
     row = jnp.sum((reaching - written).T, axis=0, keepdims=True)
     return row + jnp.where(last, kept + jnp.sum(written), 0)
+
+
+def _beside(*arrays):
+    return jnp.concatenate(arrays, axis=1)
 
 
 def _in_lanes(x):
@@ -290,16 +306,15 @@ def backward(plan, q, k, v, do, dstate, states, weights, decay_gradient):
             (B, T // plan.chunk, H // plan.heads, plan.heads, plan.chunk), jnp.float32))
         outputs.append("dtotal")
     C = plan.chunk
-    reaching = dict(reaching=(C, LANES)) if decay_gradient else {}
+    reaching = dict(reaching=(C, LANES), written=(C, LANES)) if decay_gradient else {}
     kernel = functools.partial(_backward_kernel, plan, K, V, decay_gradient)
     return call(
         kernel, "linear_attention_backward", specs,
         inputs + ["K", "K", "V", "V", "state", "states"], outputs,
         [x for x in weights if x is not None] + [q, k, v, do, dstate, states], shapes,
         (H // plan.heads, B, blocks), _scratch(
-            plan, state=(K, V), transposed=(K, C, q.dtype), scores=(C, C), e=(C, C),
-            p=(C, C, q.dtype), narrow_e=(C, C, q.dtype), dk=(C, K), dv=(C, V), dstate=(K, V),
-            **reaching),
+            plan, state=(K, V), q=(K, C, q.dtype), k=(K, C, q.dtype), scores=(C, C), e=(C, C),
+            p=(C, C, q.dtype), narrow_e=(C, C, q.dtype), dstate=(K, V), **reaching),
         vmem_limit_bytes=VMEM)
 
 
