@@ -101,6 +101,7 @@ def test_odd_shapes_compile(chip, T, width, dtype, segments, decay, mesh_of):
     ("linear_attention", "forward", "v5e", "token, packed", 0),
     ("linear_attention", "forward", "v6e", "constant", 0),
     ("linear_attention", "backward", "v5e", "constant", 50),  # 1300 where little waits in VMEM
+    ("linear_attention", "backward", "v6e", "constant", 200),
     ("gated_delta_rule", "forward", "v5e", "token, packed", 600),  # 1700
     ("gated_delta_rule", "forward", "v6e", "token, packed", 600),
 ])
