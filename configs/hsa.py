@@ -8,9 +8,13 @@ attention, a chunk encoder at mid-depth, upper layers that retrieve chunks from 
     python -m hybridjax.train --config=configs/hsa.py:tiny,mean_pool
 
 `tiny` trains on bytes that ship with the package: 900 steps of 16 rows of 256 tokens. What it then
-finds in longer rows is in docs/results/hsa_length.md (`studies/hsa_length.py`). `mini` has
-the paper's chunks, window and row on the same bytes, and was not trained yet; nor was `principles`,
-whose chunks of 64 hold several facts and look-alikes (`studies/hsa_principles.py`).
+finds in longer rows is in docs/results/hsa_length.md (`studies/hsa_length.py`). `mini`, for
+ablations, has the paper's chunks of 64, each with several facts and look-alikes; it goes on from
+`mini-short`, which has all a quarter as long (`studies/hsa_principles.py` trains both):
+
+    python -m hybridjax.train --config=configs/hsa.py:mini-short --workdir=runs/mini-short
+    python -m hybridjax.train --config=configs/hsa.py:mini --config.init_from=runs/mini-short
+
 `240m` and `345m` have a vocabulary that needs a tokenizer: `--config.data.tokenizer=PATH` and a
 corpus in `--config.data.sources`. Known of the paper's 240M: window 512, chunks of 64, top-8, rows
 of 4096, 8 B tokens; inferred: depth, width, heads and vocabulary, from the count of parameters; the
@@ -108,40 +112,53 @@ def tiny() -> ConfigDict:
 
 
 def mini() -> ConfigDict:
-    """The paper's window, chunks and row; its width and depth are our choice."""
-    config = tiny()
-    config.model.layers = "SSSSEHSSS"
-    config.model.width = 256
-    config.model.blocks = legend(
-        heads=4, head_dim=64, kv_heads=1, hidden=768, window=512, chunk_size=64, landmark_dim=64,
-        top_k=8, encoder_layers=1, encoder_heads=4, encoder_hidden=640, norms=True,
+    """16 chunks in a row. A question names one of many facts, of which a chunk holds eight, three
+    of four alike; a variable's value takes two retrievals.
+
+    From nothing it has not learned to retrieve within 1500 steps: hence `mini-short`.
+    """
+    return _mini(
+        seq_len=1024, chunk_size=64, window=64, steps=400, facts=20, together=8, chains=6
     )  # fmt: skip
-    config.data.sources.text = source("embedded", weight=4.0)
-    config.update(steps=4000, seq_len=4096)
-    config.optimizer.learning_rate = 0.005
-    config.evaluation.lengths = (1, 4, 16, 64)
+
+
+def mini_short() -> ConfigDict:
+    """16 chunks in a row too; first keys of one letter are learned, then those of two."""
+    config = _mini(seq_len=256, chunk_size=16, window=32, steps=600, facts=8, together=1, chains=3)
+    lessons = config.data.sources.facts
+    lessons.weight /= 2
+    config.data.sources.letters = lessons.copy_and_resolve_references()
+    config.data.sources.letters.update(key_length=1, alike=0)
     return config
 
 
-def principles() -> ConfigDict:
-    """A question names one of many facts, of which a chunk holds as many as it can, its look-alikes
-    among them; a variable's value takes two retrievals. 16 chunks in a row."""
+def _mini(
+    *, seq_len: int, chunk_size: int, window: int, steps: int, facts: int, together: int,
+    chains: int,
+) -> ConfigDict:  # fmt: skip
     config = tiny()
     config.model.layers = "SSEHH"
     config.model.blocks = legend(
-        heads=2, head_dim=32, kv_heads=1, hidden=128, window=64, chunk_size=64, landmark_dim=32,
-        top_k=4, encoder_layers=1, encoder_heads=2, encoder_hidden=128, norms=True,
+        heads=2, head_dim=32, kv_heads=2, hidden=128, window=window, chunk_size=chunk_size,
+        landmark_dim=64, top_k=4, encoder_layers=1, encoder_heads=2, encoder_hidden=128, norms=True,
     )  # fmt: skip
+    retrieval = functools.partial(
+        source, "retrieval", facts=facts, key_length=2, alike=3, together=together
+    )
+    variables = functools.partial(
+        source, "variables", chains=chains, hops=1, together=min(together, 4)
+    )
     config.data.sources = ConfigDict(
         dict(
-            needles=source("retrieval", facts=32, queries=4, **_crowded(config)),
-            variables=source("variables", chains=8, hops=1, name_length=2, together=4),
-            text=source("embedded", weight=0.25),
+            facts=retrieval(weight=4.0, dense=1.0),
+            needles=retrieval(weight=2.0, dense=0.0, queries=8),
+            assignments=variables(weight=3.0, dense=1.0),
+            variables=variables(weight=1.0, dense=0.0),
         )
     )
-    config.update(steps=1500, seq_len=1024, batch_size=4)
-    config.checkpoint.every = config.evaluation.every = 500
-    config.evaluation.update(lengths=(1, 4, 16), facts=(), tasks=("needles", "variables"))
+    config.update(steps=steps, seq_len=seq_len, batch_size=4096 // seq_len)
+    config.checkpoint.every = config.evaluation.every = steps
+    config.evaluation.update(lengths=(1, 16), facts=(), tasks=("needles", "variables"))
     return config
 
 
@@ -210,7 +227,7 @@ def hils_345m() -> ConfigDict:
 PRESETS = {
     "tiny": tiny,
     "mini": mini,
-    "principles": principles,
+    "mini-short": mini_short,
     "240m": paper_240m,
     "345m": hils_345m,
 }

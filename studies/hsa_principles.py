@@ -1,19 +1,20 @@
 """HSA's three principles: what each is worth on a task that can tell.
 
     python studies/hsa_principles.py                             # all cells; hours on two cores
-    python studies/hsa_principles.py --variants=no_encoder,paper --seeds=0
+    python studies/hsa_principles.py --variants=no_encoder,paper --seeds=1
     python studies/hsa_principles.py --draw
 
 The paper (arXiv 2510.17196) holds that length generalization needs a non-linear chunk encoder with
 a CLS landmark, a residual path that what is retrieved bypasses, and enforced sparsity. Each is
-undone alone in `configs/hsa.py:principles`: the mean of the encoder's outputs as landmark, the
-standard residual, a top-k that covers all chunks of a training row. The task has chunks of 64 with
-several facts and look-alikes, four questions at the end of a row, and variables that take two
-retrievals. The first row of the table says whether it discriminates at all: without an encoder,
-recall of the right chunk has to be below 1. Sliding windows alone are the floor.
+undone alone in `configs/hsa.py:mini`, and in `mini-short` that comes before it: the mean of the
+encoder's outputs as landmark, the standard residual, a top-k that covers all chunks of a training
+row. The task has chunks of 64 with eight facts and look-alikes, eight questions at the end of a
+row, and variables that take two retrievals. The first row of the table says whether it
+discriminates at all: without an encoder, recall of the right chunk has to be below 1. Sliding
+windows alone are the floor.
 
 A cell is a variant and a seed, of one budget, kept in `docs/results/hsa_principles/`: one that is
-there is not trained again, and a run in `runs/hsa_principles/` is resumed. Table, figure and
+there is not trained again, and runs in `runs/hsa_principles/` are resumed. Table, figure and
 numbers go to `docs/results/hsa_principles.{md,png,json}`.
 """
 
@@ -41,7 +42,7 @@ VARIANTS = {  # name -> label and the variant of the config
     "dense_topk": ("all chunks of a training row for top-k", "dense_topk"),
     "swa_only": ("sliding windows alone (floor)", "swa_only"),
 }
-SEEDS = "0,1,2"
+SEEDS = "1,2,3"  # the task was found with seed 0
 RECALL_AT = 4  # chunks: what the sparse variants read; the dense one too is measured at this k
 
 
@@ -49,14 +50,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--seeds", default=SEEDS)
-    parser.add_argument("--config", default="configs/hsa.py:principles")
     parser.add_argument("--draw", action="store_true", help="draw what is there, train nothing")
     given, rest = parser.parse_known_args()  # --config.steps=N and the like go to every run
     seeds = [int(seed) for seed in given.seeds.split(",")]
     if not given.draw:
         for seed, variant in itertools.product(seeds, given.variants.split(",")):
             if not path(variant, seed).exists():
-                measure(variant, seed, given.config, rest)
+                measure(variant, seed, rest)
     draw()
 
 
@@ -67,23 +67,30 @@ def path(variant: str, seed: int) -> pathlib.Path:
 # ---------------------------------------------------------------- one cell
 
 
-def measure(variant: str, seed: int, config: str, options: list[str]) -> None:
+def measure(variant: str, seed: int, options: list[str]) -> None:
     """Trains the variant, or goes on with it, and writes its cell."""
-    workdir = ROOT / f"{variant}-{seed}"
-    if not (workdir / evaluate.RESULTS).exists():
-        change = VARIANTS[variant][1]
-        train = [sys.executable, "-m", "hybridjax.train", f"--workdir={workdir}"]
-        train += [f"--config={config}{change and ','}{change}", f"--config.seed={seed}", *options]
-        print(f"== {workdir}", flush=True)
-        subprocess.run(train, check=True)
-    results = json.loads((workdir / evaluate.RESULTS).read_text())
-    names = ("train_length", "step", "tokens", "split", "text_sha256", "tasks")
-    cell = dict(variant=variant, seed=seed, **{name: results[name] for name in names})
+    workdir, short = ROOT / f"{variant}-{seed}", ROOT / f"{variant}-{seed}-short"
+    train(short, variant, seed, "mini-short", options)
+    train(workdir, variant, seed, "mini", [f"--config.init_from={short}", *options])
+    before, results = (json.loads((run / evaluate.RESULTS).read_text()) for run in (short, workdir))
+    names = ("train_length", "split", "text_sha256", "tasks")
+    cell = dict(variant=variant, seed=seed, tokens=before["tokens"] + results["tokens"])
+    cell.update({name: results[name] for name in names})
     cell["bits_per_byte"] = {h["length"]: h["bits_per_byte"] for h in results["heldout"]}
     finds = variant != "swa_only"
     cell["retrieval"] = evaluate.measure_retrieval(open_run(workdir))[0] if finds else []
     CELLS.mkdir(parents=True, exist_ok=True)
     path(variant, seed).write_text(json.dumps(cell, indent=1) + "\n")
+
+
+def train(workdir: pathlib.Path, variant: str, seed: int, preset: str, options: list[str]) -> None:
+    if (workdir / evaluate.RESULTS).exists():
+        return
+    print(f"== {workdir}", flush=True)
+    config = ",".join(filter(None, [f"configs/hsa.py:{preset}", VARIANTS[variant][1]]))
+    command = [sys.executable, "-m", "hybridjax.train", f"--workdir={workdir}"]
+    command += [f"--config={config}", f"--config.seed={seed}", *options]
+    subprocess.run(command, check=True)
 
 
 # ---------------------------------------------------------------- table and figure
