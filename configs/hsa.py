@@ -117,9 +117,7 @@ def mini() -> ConfigDict:
 
     From nothing it has not learned to retrieve within 1500 steps: hence `mini-short`.
     """
-    return _mini(
-        seq_len=1024, chunk_size=64, window=64, steps=400, facts=20, together=8, chains=6
-    )  # fmt: skip
+    return _mini(seq_len=1024, chunk_size=64, window=64, steps=400, facts=20, together=8, chains=6)
 
 
 def mini_short() -> ConfigDict:
