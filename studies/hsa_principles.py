@@ -6,7 +6,7 @@
 
 The paper (arXiv 2510.17196) holds that length generalization needs a non-linear chunk encoder with
 a CLS landmark, a residual path that what is retrieved bypasses, and enforced sparsity. Each is
-undone alone in `configs/hsa.py:mini`, and in `mini-short` that comes before it: the mean of the
+undone alone in `configs/hsa.py:mini`, and in the `tiny` that it goes on from: the mean of the
 encoder's outputs as landmark, the standard residual, a top-k that covers all chunks of a training
 row. The task has chunks of 64 with eight facts and look-alikes, eight questions at the end of a
 row, and variables that take two retrievals. The first row of the table says whether it
@@ -42,6 +42,7 @@ VARIANTS = {  # name -> label and the variant of the config
     "dense_topk": ("all chunks of a training row for top-k", "dense_topk"),
     "swa_only": ("sliding windows alone (floor)", "swa_only"),
 }
+FIRST = "model.layers=SSEHH,steps=600"  # of `tiny`
 SEEDS = "1,2,3"  # the task was found with seed 0
 RECALL_AT = 4  # chunks: what the sparse variants read; the dense one too is measured at this k
 
@@ -69,10 +70,10 @@ def path(variant: str, seed: int) -> pathlib.Path:
 
 def measure(variant: str, seed: int, options: list[str]) -> None:
     """Trains the variant, or goes on with it, and writes its cell."""
-    workdir, short = ROOT / f"{variant}-{seed}", ROOT / f"{variant}-{seed}-short"
-    train(short, variant, seed, "mini-short", options)
-    train(workdir, variant, seed, "mini", [f"--config.init_from={short}", *options])
-    before, results = (json.loads((run / evaluate.RESULTS).read_text()) for run in (short, workdir))
+    workdir, first = ROOT / f"{variant}-{seed}", ROOT / f"{variant}-{seed}-first"
+    train(first, f"tiny,{FIRST}", variant, seed, ["--config.evaluation.lengths=(1,)", *options])
+    train(workdir, "mini", variant, seed, [f"--config.init_from={first}", *options])
+    before, results = (json.loads((run / evaluate.RESULTS).read_text()) for run in (first, workdir))
     names = ("train_length", "split", "text_sha256", "tasks")
     cell = dict(variant=variant, seed=seed, tokens=before["tokens"] + results["tokens"])
     cell.update({name: results[name] for name in names})
@@ -83,7 +84,7 @@ def measure(variant: str, seed: int, options: list[str]) -> None:
     path(variant, seed).write_text(json.dumps(cell, indent=1) + "\n")
 
 
-def train(workdir: pathlib.Path, variant: str, seed: int, preset: str, options: list[str]) -> None:
+def train(workdir: pathlib.Path, preset: str, variant: str, seed: int, options: list[str]) -> None:
     if (workdir / evaluate.RESULTS).exists():
         return
     print(f"== {workdir}", flush=True)

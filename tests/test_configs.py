@@ -156,7 +156,7 @@ def test_variants_of_hsa_that_do_not_fit_are_refused_in_one_line(arg, fault):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("arg", ["tiny,tasks", "mini,tasks", "mini-short", "mini,mean_pool"])
+@pytest.mark.parametrize("arg", ["tiny,tasks", "mini,tasks", "mini,mean_pool,dense_topk"])
 def test_the_tasks_of_hsa_are_trained_and_asked(arg):
     config = load("hsa", arg)
     assert len(config.evaluation.tasks) == (7 if "tasks" in arg else 2)
