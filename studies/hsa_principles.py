@@ -11,7 +11,8 @@ encoder's outputs as landmark, the standard residual, a top-k that covers all ch
 row. The task has chunks of 64 with eight facts and look-alikes, eight questions at the end of a
 row, and variables that take two retrievals. The first row of the table says whether it
 discriminates at all: without an encoder, recall of the right chunk has to be below 1. Sliding
-windows alone are the floor.
+windows alone are the floor. Settings were chosen on other seeds, but for the first run: another
+kind of it was given up when the paper's variant had not learned to retrieve with seed 1.
 
 A cell is a variant and a seed, of one budget, kept in `docs/results/hsa_principles/`: one that is
 there is not trained again, and runs in `runs/hsa_principles/` are resumed. Table, figure and
@@ -43,7 +44,7 @@ VARIANTS = {  # name -> label and the variant of the config
     "swa_only": ("sliding windows alone (floor)", "swa_only"),
 }
 FIRST = "model.layers=SSEHH,steps=600"  # of `tiny`
-SEEDS = "1,2,3"  # the task was found with seed 0
+SEEDS = "1,2,3"
 RECALL_AT = 4  # chunks: what the sparse variants read; the dense one too is measured at this k
 
 
