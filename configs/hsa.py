@@ -120,8 +120,7 @@ def mini() -> ConfigDict:
     """
     config = tiny()
     config.model.layers = "SSEHH"
-    for part in _parts(config, "attention"):
-        part.window = 64
+    _set("attention", window=64)(config)
     _set("chunk_encoder", chunk_size=64)(config)
     facts = functools.partial(
         source, "retrieval", facts=20, key_length=2, alike=3, together=8, queries=8

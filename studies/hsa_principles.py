@@ -76,8 +76,8 @@ def measure(variant: str, seed: int, options: list[str]) -> None:
     train(workdir, "mini", variant, seed, [f"--config.init_from={first}", *options])
     before, results = (json.loads((run / evaluate.RESULTS).read_text()) for run in (first, workdir))
     names = ("train_length", "split", "text_sha256", "tasks")
-    cell = dict(variant=variant, seed=seed, tokens=before["tokens"] + results["tokens"])
-    cell.update({name: results[name] for name in names})
+    cell = dict(variant=variant, seed=seed, **{name: results[name] for name in names})
+    cell["tokens"] = before["tokens"] + results["tokens"]
     cell["bits_per_byte"] = {h["length"]: h["bits_per_byte"] for h in results["heldout"]}
     finds = variant != "swa_only"
     cell["retrieval"] = evaluate.measure_retrieval(open_run(workdir))[0] if finds else []

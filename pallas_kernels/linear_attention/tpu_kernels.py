@@ -306,7 +306,7 @@ def backward(plan, q, k, v, do, dstate, states, weights, decay_gradient):
             (B, T // plan.chunk, H // plan.heads, plan.heads, plan.chunk), jnp.float32))
         outputs.append("dtotal")
     C = plan.chunk
-    reaching = dict(reaching=(C, LANES), written=(C, LANES)) if decay_gradient else {}
+    sums = dict(reaching=(C, LANES), written=(C, LANES)) if decay_gradient else {}
     kernel = functools.partial(_backward_kernel, plan, K, V, decay_gradient)
     return call(
         kernel, "linear_attention_backward", specs,
@@ -314,7 +314,7 @@ def backward(plan, q, k, v, do, dstate, states, weights, decay_gradient):
         [x for x in weights if x is not None] + [q, k, v, do, dstate, states], shapes,
         (H // plan.heads, B, blocks), _scratch(
             plan, state=(K, V), q=(K, C, q.dtype), k=(K, C, q.dtype), scores=(C, C), e=(C, C),
-            p=(C, C, q.dtype), narrow_e=(C, C, q.dtype), dstate=(K, V), **reaching),
+            p=(C, C, q.dtype), narrow_e=(C, C, q.dtype), dstate=(K, V), **sums),
         vmem_limit_bytes=VMEM)
 
 
