@@ -127,17 +127,25 @@ def meter(op: str, chip: str, tile: tuple[int, int, int], direction: str, kind: 
                 heads=heads) | read_schedule(f"{op}_{direction}", chunk * chunks * heads)
 
 
+def _read(kernel: str, passname: str) -> list[str]:
+    [file] = [x for x in _DUMP.iterdir()
+              if re.match(rf"\d+-{kernel}[.\d]*-\d+-{passname}\.txt$", x.name)]
+    return file.read_text(errors="replace").splitlines()
+
+
+def innermost(kernel: str) -> int:
+    """Bundles of the loop within all others."""
+    depths = [len(found[2]) for line in _read(kernel, "final_bundles")
+              if (found := re.match(r"\s*(0x[0-9a-f]+|0)[^{>]*(>*)", line))]
+    return depths.count(max(depths))
+
+
 def read_schedule(kernel: str, tokens: int) -> dict:
     """The figures of one grid step, which is the loop that the kernel's schedule holds."""
-    def read(passname):
-        [file] = [x for x in _DUMP.iterdir()
-                  if re.match(rf"\d+-{kernel}[.\d]*-\d+-{passname}\.txt$", x.name)]
-        return file.read_text(errors="replace").splitlines()
-
-    in_loop = [line for line in read("final_bundles")
+    in_loop = [line for line in _read(kernel, "final_bundles")
                if re.match(r"\s*(0x[0-9a-f]+|0)[^{]*>", line)]
     regions = re.findall(r"ordinal=(\d+) before=\d+ after=(\d+)",
-                         "\n".join(read("region-expansion")))
+                         "\n".join(_read(kernel, "region-expansion")))
     use, cycles_of_largest = unit_use(kernel)
     # Regions 0 and 1 enclose everything; the largest other one is the loop's body, if it has one.
     cycles = max(int(after) for ordinal, after in regions if int(ordinal) > 1)

@@ -2,13 +2,15 @@
 
     python -m benchmarks.static_kernels_chunks
 
-As `static_kernels.py`, at the shapes of published models: cycles of the innermost loop, which takes
-a few queries (`chunk_sparse_attention`, all heads of a group), or of a step, which merges a block
-of landmarks into the best of 128 queries (`chunk_topk`: its loop over the k best counts once).
+As `static_kernels.py`, at the shapes of published models: cycles of a body of the loop over
+queries, which takes a few (`chunk_sparse_attention`, all heads of a group; backward with all turns
+of the loop in it, which adds up gradients), or of a step, which merges a block of landmarks into
+the best of 128 queries (`chunk_topk`: its loop over the k best counts once).
 Writes OUTPUT.json and OUTPUT.md.
 """
 
 import argparse
+import functools
 import itertools
 import json
 from pathlib import Path
@@ -35,20 +37,26 @@ def array(*shape: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def attention(model: str, direction: str):
-    """A kernel, the shapes of its arguments, and the queries of a step of its loop."""
+def attention(chip: str, model: str, direction: str):
+    """A kernel, the shapes of its arguments, the queries of a body of its loop, and how often it
+    runs the loop within."""
     shape = SHAPES[model]
-    plan = tpu_kernels.Plan(tpu._TILE, shape.J, shape.K**-0.5, False, False, VMEM)
+    strip = tpu.strip_of(shape.J, shape.chunk_size, 128 if chip == "v5e" else 256)
+    plan = tpu_kernels.Plan(
+        tpu._TILE, shape.J, strip, shape.chunk_size, shape.K, shape.K, shape.K**-0.5,
+        off_by_one=False, joint=False, vmem=VMEM,
+    )  # fmt: skip
     T, heads = 8 * tpu._TILE, max(16, shape.H // shape.G)
-    q = array(1, shape.G, T, heads, shape.K)
+    q = array(1, shape.G, T, heads, plan.key_lanes)
     # Few chunks: that their gradients begin as zeros counts as taken in every step.
-    k = array(1, shape.G, T // shape.chunk_size, shape.chunk_size, shape.K)
+    kv = array(1, shape.G, T // shape.chunk_size, shape.chunk_size, plan.width)
     slots = [array(1, shape.G, 1, T * shape.J, dtype=x) for x in (jnp.int32, jnp.float32)]
     if direction == "forward":
-        f = lambda q, k, v, slots: tpu_kernels.forward(plan, q, k, v, slots)
-        return f, (q, k, k, slots), plan.together
-    f = lambda q, k, v, slots, do: tpu_kernels.backward(plan, q, k, v, slots, do)
-    return f, (q, k, k, slots, q), plan.together
+        queries = plan.together * tpu_kernels.UNROLL
+        return functools.partial(tpu_kernels.forward, plan), (q, kv, slots), queries, 1
+    do = array(1, shape.G, T, heads, plan.width - plan.first_value_lane)
+    turns = plan.together // plan.added
+    return functools.partial(tpu_kernels.backward, plan), (q, kv, slots, do), plan.together, turns
 
 
 def selection(model: str):
@@ -59,15 +67,16 @@ def selection(model: str):
     ids = lambda length: array(1, length, dtype=jnp.int32)
     f = lambda q, landmarks, *given: topk._choose(plan, q, landmarks, *given, None)
     arrays = array(1, T, shape.G, shape.R), array(1, N, shape.G, shape.R), ids(T), ids(T), ids(N)
-    return f, arrays, LANES
+    return f, arrays, LANES, 1
 
 
 def meter(kernel: str, chip: str, model: str) -> dict:
     direction = kernel.removeprefix("chunk_sparse_attention_")
-    f, arrays, queries = (
-        selection(model) if kernel == "chunk_topk" else attention(model, direction))
+    f, arrays, queries, turns = (
+        selection(model) if kernel == "chunk_topk" else attention(chip, model, direction))
     static_kernels.compile_for(chip, f, *arrays)
     use, cycles = static_kernels.unit_use(kernel)
+    cycles += (turns - 1) * static_kernels.innermost(kernel)
     return dict(
         kernel=kernel, chip=chip, model=model, queries=queries, cycles=cycles,
         cycles_per_query=round(cycles / queries, 1), spills=use["spills"],
@@ -81,8 +90,8 @@ def table(rows: list[dict], versions: dict[str, str]) -> str:
         "",
         f"`python -m benchmarks.static_kernels_chunks`: {static_kernels.listed(versions)}. "
         "bfloat16, packed rows.",
-        "Cycles are those of one body of the innermost loop; waits for HBM are not timed, and the",
-        "loop of `chunk_topk` over its k best counts once.",
+        "Cycles are those of one body of the loop over queries; waits for HBM are not timed, and",
+        "the loop of `chunk_topk` over its k best counts once.",
         "",
         "| kernel | model | chip | queries of a body | cycles | per query | spills | busiest |",
         "|---|---|---|---|---|---|---|---|",

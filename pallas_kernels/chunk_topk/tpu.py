@@ -90,7 +90,7 @@ def _choose(plan, q, landmarks, ended, segments, chunk_segments, words):
             num_scalar_prefetch=1, grid=(B, G, tiles, steps), in_specs=specs,
             out_specs=[best, best],
             scratch_shapes=[pltpu.VMEM((rows, LANES), jnp.float32),
-                            pltpu.VMEM((rows, LANES), jnp.int32)]),
+                            pltpu.VMEM((plan.rows, LANES), jnp.int32)]),
         out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32),
                    jax.ShapeDtypeStruct(shape, jnp.int32)],
         compiler_params=pltpu.CompilerParams(
@@ -108,7 +108,7 @@ def _padded(x, size):
 def _kernel(plan, blocks_ref, ended_ref, *refs):
     segments = refs[:2] if plan.packed else ()
     words = refs[len(segments):len(segments) + plan.noisy]
-    q_ref, landmarks_ref, choice_ref, indices_ref, pool_ref, ids_ref = refs[
+    q_ref, landmarks_ref, choice_ref, indices_ref, pool_ref, before_ref = refs[
         len(segments) + len(words):]
     b, t, n = pl.program_id(0), pl.program_id(2), pl.program_id(3)
 
@@ -117,8 +117,10 @@ def _kernel(plan, blocks_ref, ended_ref, *refs):
         choice_ref[...] = jnp.full_like(choice_ref, -jnp.inf)
         indices_ref[...] = jnp.full_like(indices_ref, -1)
 
+    block_ids = lambda: n * plan.block + lax.broadcasted_iota(jnp.int32, (plan.block, LANES), 0)
+
     def take_largest(j, _):
-        pool, ids = pool_ref[...], ids_ref[...]
+        pool, ids = pool_ref[...], jnp.concatenate([block_ids(), before_ref[...]])
         largest = jnp.max(pool, axis=0, keepdims=True)
         latest = jnp.max(jnp.where(pool == largest, ids, -1), axis=0, keepdims=True)
         choice_ref[0, 0, pl.ds(j, 1)] = largest
@@ -128,7 +130,7 @@ def _kernel(plan, blocks_ref, ended_ref, *refs):
 
     @pl.when(n < blocks_ref[b * pl.num_programs(2) + t])
     def _():
-        ids = n * plan.block + lax.broadcasted_iota(jnp.int32, (plan.block, LANES), 0)
+        ids = block_ids()
         choice = plan.scale * dot(landmarks_ref[0, 0], q_ref[0, 0], NT)
         if plan.noisy:
             choice += gumbel(words[0][0, 0], ids)
@@ -143,6 +145,6 @@ def _kernel(plan, blocks_ref, ended_ref, *refs):
 
         @pl.when(jnp.max(better) > 0)
         def _():
-            pool_ref[:plan.block], ids_ref[:plan.block] = choice, ids
-            pool_ref[plan.block:], ids_ref[plan.block:] = choice_ref[0, 0], indices_ref[0, 0]
+            pool_ref[:plan.block], pool_ref[plan.block:] = choice, choice_ref[0, 0]
+            before_ref[...] = indices_ref[0, 0]
             lax.fori_loop(0, plan.k, take_largest, 0)

@@ -192,7 +192,7 @@ def test_bfloat16_costs_a_few_roundings(name):
     assert_close(got, expected(name, "bfloat16"), "bfloat16")
 
 
-TPU = {("joint-off-by-one", "float32")}
+TPU = {("joint-off-by-one", "float32"), ("16-to-1", "bfloat16")}
 
 
 @pytest.fixture
@@ -202,6 +202,8 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(tpu, "_capacity", lambda: 100 * 2**20)
     monkeypatch.setattr(tpu, "_TILE", 8)
     monkeypatch.setattr(tpu_kernels, "_SLOTS", 8)
+    monkeypatch.setattr(tpu_kernels, "_ADDED", 4)
+    monkeypatch.setattr(tpu, "_matrix_width", lambda: 16)  # two slots, or one, side by side
     params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
     with pltpu.force_tpu_interpret_mode(params):
         yield
@@ -218,6 +220,16 @@ def test_tpu_is_the_reference(name, dtype, interpreted):
     arrays, indices, do, options = make(name, **CASES[name])
     got = run(narrowed(arrays, dtype), indices, do, options, "tpu")
     assert_close(got, expected(name, dtype), dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [128, 256])
+@pytest.mark.parametrize("change", [{}, dict(J=16, N=20), dict(J=40, N=41, C=16)], ids=str)
+def test_all_widths_of_the_matrix_unit_give_the_reference(change, width, interpreted, monkeypatch):
+    monkeypatch.setattr(tpu, "_matrix_width", lambda: width)
+    arrays, indices, do, options = make("16-to-1", **CASES["16-to-1"] | change)
+    got = run(narrowed(arrays, "float32"), indices, do, options, "tpu")
+    assert_close(got, expected("16-to-1", "float32", **change), "float32")
 
 
 @pytest.mark.parametrize(
