@@ -38,7 +38,7 @@ def chunk_sparse_attention(q, k, v, indices, weights, index, *, chunk_size, scal
         raise NotImplementedError("needs at least one chunk")
     R = H // G + -(H // G) % rows
     V = v.shape[-1]
-    vmem = _vmem(S, R, K, V, q.dtype)
+    vmem = _vmem(S, R, K, V, max(tpu_kernels.SLOTS, J) * chunk_size, q.dtype)
     plan = Plan(_TILE, J, strip, chunk_size, K, V, scale, off_by_one, weights is None, vmem)
 
     heads = lambda x: jnp.pad(x, ((0, 0), (0, -T % _TILE), (0, 0), (0, R - H // G), (0, 0)))
@@ -62,12 +62,14 @@ def _slots(x, J, fill):
     return jnp.swapaxes(x, 1, 2).reshape(x.shape[0], x.shape[2], 1, -1)
 
 
-def _vmem(S, R, K, V, dtype):
-    """Bytes of VMEM: keys and values of a row, their gradients, and two tiles of the others."""
+def _vmem(S, R, K, V, attended, dtype):
+    """Bytes of VMEM: keys and values of a row, their gradients, two tiles of the others, and what
+    the queries that go together attend to."""
     lanes = lambda width: width + -width % LANES
     row = S * lanes(K + V) * (dtype.itemsize + 4)
     tiles = 2 * _TILE * R * 2 * (lanes(K) + lanes(V)) * dtype.itemsize
-    needed, capacity = row + tiles + _SLACK, _capacity()
+    scratch = R * attended * (3 * 4 + 2 * dtype.itemsize)
+    needed, capacity = row + tiles + scratch + _SLACK, _capacity()
     if needed > capacity:
         raise NotImplementedError(
             f"keeps keys and values in VMEM: {S} of them need {needed >> 20} MiB "

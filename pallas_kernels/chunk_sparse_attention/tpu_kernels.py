@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.mosaic_tpu import LANES, NN, NT, TN, call, dot, unknown_zero
 
 _NEVER = -1e30  # added to logits of empty slots
-_SLOTS = 64  # of the queries that are taken at a time
+SLOTS = 64  # of the queries that are taken at a time
 _ADDED = 32  # of those whose gradients are added at a time: more would wait in registers
 UNROLL = 2  # steps of the forward pass, which fill each other's latencies too
 _TILES = 2  # the axis of the grid
@@ -45,7 +45,7 @@ class Plan:
     @property
     def together(self):
         """Queries that are taken at a time: a power of two."""
-        return min(self.tile, _power_of_two(_SLOTS // self.J))
+        return min(self.tile, _power_of_two(SLOTS // self.J))
 
     @property
     def added(self):

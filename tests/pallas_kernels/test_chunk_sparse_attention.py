@@ -201,7 +201,7 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(tpu, "target_platform", lambda: "tpu")
     monkeypatch.setattr(tpu, "_capacity", lambda: 100 * 2**20)
     monkeypatch.setattr(tpu, "_TILE", 8)
-    monkeypatch.setattr(tpu_kernels, "_SLOTS", 8)
+    monkeypatch.setattr(tpu_kernels, "SLOTS", 8)
     monkeypatch.setattr(tpu_kernels, "_ADDED", 4)
     monkeypatch.setattr(tpu, "_matrix_width", lambda: 16)  # two slots, or one, side by side
     params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
