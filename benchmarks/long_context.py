@@ -168,7 +168,8 @@ def draw(results: dict, path: pathlib.Path) -> None:
             ax.loglog(x, y, marker="o", markersize=3, label=f"{preset} ({result['layers']})")
         ax.set(xlabel="tokens", ylabel=label)
         ax.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, fontsize=8)
+    lines, names = axes[0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside upper center", ncols=len(names), frameon=False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
