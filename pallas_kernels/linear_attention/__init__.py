@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.arguments import check_arrays
+from pallas_kernels.arguments import check_arrays, check_range
 from pallas_kernels.dispatch import Dispatch
 from pallas_kernels.linear_attention.context import split_linear_attention
 from pallas_kernels.precision import exact_products
@@ -90,7 +90,6 @@ def _check_shapes(q, k, v, decay, initial_state, segments):
 
 
 def _check_values(decay, chunk_size):
-    if not isinstance(decay, jax.core.Tracer) and (largest := np.max(np.asarray(decay))) > 0:
-        raise ValueError(f"decay is a log decay and must be <= 0, got {largest}")
+    check_range("decay is a log decay and must be <= 0", decay, -np.inf, 0)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")

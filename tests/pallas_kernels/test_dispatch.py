@@ -83,7 +83,7 @@ LINEAR = dict(q=ones(2, 5, 3, 4), k=ones(2, 5, 3, 4), v=ones(2, 5, 3, 6), decay=
         (dict(k=ones(2, 6, 3, 4)), r"k must be \[2, 5, 3, 4\]"),
         (dict(decay=-ones(4)), r"decay must be \[3\]"),
         (dict(decay=-ones(2, 5, 2)), r"decay must be \[2, 5, 3\]"),
-        (dict(decay=np.array([-1.0, 0.5, -1.0])), r"must be <= 0, got 0.5"),
+        (dict(decay=np.array([-1.0, 0.5, -1.0])), r"must be <= 0, got values from -1.0 to 0.5"),
         (dict(initial_state=ones(2, 3, 6, 4)), r"initial_state must be \[2, 3, 4, 6\]"),
         (dict(segments=ones(2, 4, dtype=np.int32)), r"segments must be \[2, 5\]"),
         (dict(segments=ones(2, 5)), "segments must be integers"),
