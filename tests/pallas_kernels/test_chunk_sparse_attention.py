@@ -238,7 +238,7 @@ def test_all_widths_of_the_matrix_unit_give_the_reference(change, width, interpr
         (dict(index=True), "sees whole chunks, and takes no index"),
         (dict(q_dtype="float32"), "all bfloat16 or all float32, got float32, bfloat16, bfloat16"),
         (dict(chunk_size=24), "chunk_size a multiple of 16, got 24"),
-        (dict(J=200), "at most 128 slots, got 200"),
+        (dict(J=200), "at most 64 slots, got 200"),  # which that unit puts side by side
         (dict(T=2**20), "keeps keys and values in VMEM: 1048576 of them need .* MiB of 100"),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else None,
