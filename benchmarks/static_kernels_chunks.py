@@ -55,7 +55,8 @@ def attention(chip: str, model: str, direction: str):
         queries = plan.together * tpu_kernels.UNROLL
         return functools.partial(tpu_kernels.forward, plan), (q, kv, slots), queries, 1
     do = array(1, shape.G, T, heads, plan.width - plan.first_value_lane)
-    turns = plan.together // plan.added
+    few, count = plan.added
+    turns = plan.together * plan.J // (few * count)
     return functools.partial(tpu_kernels.backward, plan), (q, kv, slots, do), plan.together, turns
 
 

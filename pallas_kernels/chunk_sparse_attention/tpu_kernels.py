@@ -22,7 +22,7 @@ from pallas_kernels.mosaic_tpu import LANES, NN, NT, TN, call, dot, unknown_zero
 
 _NEVER = -1e30  # added to logits of empty slots
 SLOTS = 64  # of the queries that are taken at a time
-_ADDED = 32  # of those whose gradients are added at a time: more would wait in registers
+_ADDED = 32  # of those whose gradients are added at a time, if 128 lanes wide: more would spill
 UNROLL = 2  # steps of the forward pass, which fill each other's latencies too
 _TILES = 2  # the axis of the grid
 
@@ -49,8 +49,16 @@ class Plan:
 
     @property
     def added(self):
-        """Queries whose gradients are added at a time."""
-        return min(self.together, _power_of_two(_ADDED // self.J))
+        """Queries whose gradients are added at a time, and slots of each."""
+        limit = _ADDED * LANES // max(LANES, self.lanes)
+        if self.J <= limit:
+            return min(self.together, _power_of_two(limit // self.J)), self.J
+        strips = range(1, max(1, limit // self.strip) + 1)
+        return 1, self.strip * max(n for n in strips if self.strips % n == 0)
+
+    def queries(self, step):
+        """Those of a step."""
+        return [step * self.together + n for n in range(self.together)]
 
     @property
     def strips(self):
@@ -86,10 +94,10 @@ class _Slots:
     """The slots of a few queries, query by query: their chunks, and their weights (those of empty
     ones are 0). Lists are of strips, whose arrays are [R, lanes of a strip]."""
 
-    def __init__(self, plan, first, count, indices_ref, weights_ref):
-        self.plan = plan
-        self.queries = [first + n for n in range(count)]
-        at = [t * plan.J + j for t in self.queries for j in range(plan.J)]
+    def __init__(self, plan, queries, indices_ref, weights_ref, first=0, count=None):
+        self.plan, self.queries, count = plan, queries, count or plan.J
+        self.strips = count // plan.strip  # of a query
+        at = [t * plan.J + first + j for t in queries for j in range(count)]
         indices = [indices_ref[0, 0, 0, i] for i in at]
         self.chunk = [jnp.maximum(i, 0) for i in indices]
         self.real = [jnp.where(i >= 0, 1.0, 0.0) for i in indices]
@@ -126,7 +134,7 @@ class _Slots:
         return [xs[n:n + self.plan.strip] for n in range(0, len(xs), self.plan.strip)]
 
     def by_query(self, xs):
-        return [xs[n:n + self.plan.strips] for n in range(0, len(xs), self.plan.strips)]
+        return [xs[n:n + self.strips] for n in range(0, len(xs), self.strips)]
 
     def largest(self, xs):
         """Of each slot's lanes or, if joint, of all lanes of a query, in those lanes."""
@@ -168,7 +176,7 @@ class _Slots:
         return [(j * C <= lane) & (lane < (j + 1) * C) for j in range(self.plan.strip)]
 
     def _repeated(self, xs):
-        return [x for x in xs for _ in range(self.plan.strips)]
+        return [x for x in xs for _ in range(self.strips)]
 
 
 def _beside(*xs):
@@ -198,7 +206,7 @@ def _forward_kernel(plan, indices_ref, *refs):
     q_ref, kv_ref, o_ref, scratch = refs
 
     def queries(step, _):
-        slots = _Slots(plan, step * plan.together, plan.together, indices_ref, weights_ref)
+        slots = _Slots(plan, plan.queries(step), indices_ref, weights_ref)
         logits, p = slots.places(scratch["logits"]), slots.places(scratch["p"])
         for s, q, k in zip(logits, slots.of_query(q_ref), slots.keys(kv_ref), strict=True):
             s[...] = plan.scale * dot(q, k, NT)
@@ -231,8 +239,7 @@ def _backward_kernel(plan, indices_ref, *refs):
         dkv_ref[...] = jnp.zeros_like(dkv_ref)
 
     def queries(step, _):
-        first = step * plan.together
-        slots = _Slots(plan, first, plan.together, indices_ref, weights_ref)
+        slots = _Slots(plan, plan.queries(step), indices_ref, weights_ref)
         logits, dp = (slots.places(scratch["products"], rows) for rows in (upper, lower))
         given, chunks = slots.of_query(q_ref, do_ref), slots.of_chunk(kv_ref)
         for s, y, x, kv in zip(logits, dp, given, chunks, strict=True):
@@ -240,26 +247,32 @@ def _backward_kernel(plan, indices_ref, *refs):
             s[...], y[...] = plan.scale * both[upper], both[lower]
         factor = _probabilities(plan, slots, logits, scratch["p"], q_ref.dtype)
         p = slots.places(scratch["p"])
-        for s, x, y, f in zip(logits, p, dp, factor, strict=True):
-            x[...] *= f
-            s[...] = x[...] * y[...]
+        weight = slots.in_lanes(slots.weight, p[0].shape)
+        ds, weighted = (slots.places(scratch["narrow"], rows) for rows in (upper, lower))
+        for n, (x, f, w) in enumerate(zip(p, factor, weight, strict=True)):
+            probability = f * x[...]
+            logits[n][...] = probability * dp[n][...]
+            x[...] = w * probability
+            weighted[n][...] = x[...].astype(q_ref.dtype)
         d = slots.sums(scratch["products"].at[:, upper], q_ref.dtype)
         if not plan.joint:
             for t, x in zip(slots.queries, slots.by_query(d), strict=True):
                 dweights_ref[0][0, 0, pl.ds(t, 1)] = _row(plan, x)
-        weight = slots.in_lanes(slots.weight, p[0].shape)
-        ds, weighted = (slots.places(scratch["narrow"], rows) for rows in (upper, lower))
-        for n, (x, w) in enumerate(zip(p, weight, strict=True)):
-            x = w * x[...]
-            weighted[n][...] = x.astype(q_ref.dtype)
-            ds[n][...] = (plan.scale * x * (dp[n][...] - d[n])).astype(q_ref.dtype)
+        for n, x in enumerate(p):
+            ds[n][...] = (plan.scale * x[...] * (dp[n][...] - d[n])).astype(q_ref.dtype)
         _sum_of_products(slots, [x[...] for x in ds], slots.keys(kv_ref), dq_ref)
-        lax.fori_loop(0, plan.together // plan.added, functools.partial(add, first), 0)
+        turns = plan.together // few * parts
+        lax.fori_loop(0, turns, functools.partial(add, slots.queries[0]), 0)
         return 0
 
-    def add(first, step, _):
-        slots = _Slots(plan, first + step * plan.added, plan.added, indices_ref, weights_ref)
-        narrow = slots.places(scratch["narrow"], first=step * (plan.added * plan.strips))
+    few, count = plan.added
+    parts = plan.J // count
+
+    def add(first, turn, _):
+        first += lax.div(turn, parts) * few
+        slots = _Slots(plan, [first + n for n in range(few)], indices_ref, weights_ref,
+                       first=lax.rem(turn, parts) * count, count=count)
+        narrow = slots.places(scratch["narrow"], first=turn * (few * slots.strips))
         given, chunks = slots.of_query(q_ref, do_ref), slots.by_strip(slots.chunk)
         for x, y, strip in zip(narrow, given, chunks, strict=True):
             dkv = dot(x[...], y, TN)

@@ -83,13 +83,13 @@ def _choose(plan, q, landmarks, ended, segments, chunk_segments, words):
               pl.BlockSpec((1, 1, plan.block, R),
                            lambda b, g, t, n, blocks: (b, g, last(b, t, n, blocks), 0))]
 
-    shape, rows = (B, G, plan.rows, tiles * LANES), plan.block + plan.rows
+    shape = B, G, plan.rows, tiles * LANES
     choice, indices = pl.pallas_call(
         functools.partial(_kernel, plan),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1, grid=(B, G, tiles, steps), in_specs=specs,
             out_specs=[best, best],
-            scratch_shapes=[pltpu.VMEM((rows, LANES), jnp.float32),
+            scratch_shapes=[pltpu.VMEM((plan.block + 2 * plan.rows, LANES), jnp.float32),
                             pltpu.VMEM((plan.rows, LANES), jnp.int32)]),
         out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32),
                    jax.ShapeDtypeStruct(shape, jnp.int32)],
@@ -117,15 +117,17 @@ def _kernel(plan, blocks_ref, ended_ref, *refs):
         choice_ref[...] = jnp.full_like(choice_ref, -jnp.inf)
         indices_ref[...] = jnp.full_like(indices_ref, -1)
 
+    size = plan.block + plan.rows
     block_ids = lambda: n * plan.block + lax.broadcasted_iota(jnp.int32, (plan.block, LANES), 0)
 
     def take_largest(j, _):
-        pool, ids = pool_ref[...], jnp.concatenate([block_ids(), before_ref[...]])
+        pool, ids = pool_ref[:size], jnp.concatenate([block_ids(), before_ref[...]])
         largest = jnp.max(pool, axis=0, keepdims=True)
         latest = jnp.max(jnp.where(pool == largest, ids, -1), axis=0, keepdims=True)
-        choice_ref[0, 0, pl.ds(j, 1)] = largest
         indices_ref[0, 0, pl.ds(j, 1)] = latest
-        pool_ref[...] = jnp.where(ids == latest, -jnp.inf, pool)
+        # To the same scratch: what is loaded after it is loaded again, and does not spill.
+        pool_ref[pl.ds(size + j, 1)] = largest
+        pool_ref[:size] = jnp.where(ids == latest, -jnp.inf, pool_ref[:size])
         return 0
 
     @pl.when(n < blocks_ref[b * pl.num_programs(2) + t])
@@ -145,6 +147,8 @@ def _kernel(plan, blocks_ref, ended_ref, *refs):
 
         @pl.when(jnp.max(better) > 0)
         def _():
-            pool_ref[:plan.block], pool_ref[plan.block:] = choice, choice_ref[0, 0]
+            pool_ref[:plan.block], pool_ref[plan.block:size] = choice, choice_ref[0, 0]
+            pool_ref[size:] = jnp.full_like(choice_ref[0, 0], -jnp.inf)
             before_ref[...] = indices_ref[0, 0]
             lax.fori_loop(0, plan.k, take_largest, 0)
+            choice_ref[0, 0] = pool_ref[size:]

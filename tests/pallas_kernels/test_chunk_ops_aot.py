@@ -1,5 +1,8 @@
 """The TPU kernels of chunk_topk and chunk_sparse_attention, compiled for TPUs without one."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -60,6 +63,18 @@ def test_odd_attention_compiles(chip, change, mesh_of):
     got = attention_gradients(
         mesh_of(chip), shape, jnp.float32, joint=True, off_by_one=True, implementation="tpu")
     assert got == {"forward", "backward"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("kernel", [
+    "chunk_sparse_attention_forward", "chunk_sparse_attention_backward", "chunk_topk"])
+def test_nothing_is_spilled(kernel, chip):
+    """In a process of its own: libtpu reads once where to leave its schedules."""
+    code = ("from benchmarks.static_kernels_chunks import meter; "
+            f"print(meter({kernel!r}, {chip!r}, 'hsa-345m')['spills'])")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == 0
 
 
 @pytest.mark.parametrize(

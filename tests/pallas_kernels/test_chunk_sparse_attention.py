@@ -202,7 +202,7 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(tpu, "_capacity", lambda: 100 * 2**20)
     monkeypatch.setattr(tpu, "_TILE", 8)
     monkeypatch.setattr(tpu_kernels, "SLOTS", 8)
-    monkeypatch.setattr(tpu_kernels, "_ADDED", 4)
+    monkeypatch.setattr(tpu_kernels, "_ADDED", 2)
     monkeypatch.setattr(tpu, "_matrix_width", lambda: 16)  # two slots, or one, side by side
     params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
     with pltpu.force_tpu_interpret_mode(params):
