@@ -17,13 +17,13 @@ def dot(a, b, contract):
                            precision=precision, preferred_element_type=jnp.float32)
 
 
-def unknown_zero(axis=0):
-    """Zero, which the compiler cannot tell if the axis of the grid has several steps: an index of
-    scratch whose contents are to stay in VMEM.
+def unknown_zero():
+    """Zero, which the compiler cannot tell: an index of scratch whose contents are to stay in VMEM.
 
-    What is stored at places that it knows it would keep in registers, and spill.
+    What is stored at places that it knows it would keep in registers, and spill. It is made of the
+    grid's third axis, along a row: one of a single step, as heads on a device may be, is known.
     """
-    return jnp.minimum(pl.program_id(axis), 0)
+    return jnp.minimum(pl.program_id(2), 0)
 
 
 def strictly_lower(x):

@@ -24,7 +24,6 @@ _NEVER = -1e30  # added to logits of empty slots
 SLOTS = 64  # of the queries that are taken at a time
 _ADDED = 32  # of those whose gradients are added at a time, if 128 lanes wide: more would spill
 UNROLL = 2  # steps of the forward pass, which fill each other's latencies too
-_TILES = 2  # the axis of the grid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +126,7 @@ class _Slots:
 
     def places(self, ref, rows=slice(None), first=0):
         """For what one operation leaves for another."""
-        first += unknown_zero(_TILES)
+        first += unknown_zero()
         return [ref.at[first + n, rows] for n in range(len(self.chunk) // self.plan.strip)]
 
     def by_strip(self, xs):
@@ -153,7 +152,7 @@ class _Slots:
             ones = [jnp.ones((1, self.plan.lanes))] * self.plan.strip
         ones = jnp.concatenate([jnp.broadcast_to(x, (self.plan.chunk_size, x.shape[1]))
                                 for x in ones])
-        x = ref[pl.ds(unknown_zero(_TILES), len(self.chunk) // self.plan.strip)]
+        x = ref[pl.ds(unknown_zero(), len(self.chunk) // self.plan.strip)]
         total = dot(x.reshape(-1, x.shape[2]).astype(dtype), ones.astype(dtype), NN)
         total = [total[n:n + x.shape[1]] for n in range(0, len(total), x.shape[1])]
         if self.plan.joint:
