@@ -132,7 +132,8 @@ def make(case: Case):
             "strong": -20 - 20 * size,
             "mixed": np.where(rng.random(size.shape) < 0.2, -50 * size, -0.1 * size),
         }[case.decay].astype(np.float32)
-    weights = normal(B, T, max(Hq, H), V), normal(B, H, K, V)
+    # The first are o's gradient, which has its dtype.
+    weights = normal(B, T, max(Hq, H), V).astype(narrow), normal(B, H, K, V)
     return arrays, weights, packed(T) if case.rows == "packed" else None
 
 
