@@ -54,10 +54,9 @@ def attention(chip: str, model: str, direction: str):
     if direction == "forward":
         queries = plan.together * tpu_kernels.UNROLL
         return functools.partial(tpu_kernels.forward, plan), (q, kv, slots), queries, 1
-    do = array(1, shape.G, T, heads, plan.width - plan.first_value_lane)
-    few, count = plan.added
-    turns = plan.together * plan.J // (few * count)
-    return functools.partial(tpu_kernels.backward, plan), (q, kv, slots, do), plan.together, turns
+    do = array(1, shape.G, T, heads, plan.value_lanes)
+    f = functools.partial(tpu_kernels.backward, plan)
+    return f, (q, kv, slots, do), plan.together, plan.turns
 
 
 def selection(model: str):

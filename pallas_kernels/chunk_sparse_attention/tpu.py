@@ -31,9 +31,8 @@ def chunk_sparse_attention(q, k, v, indices, weights, index, *, chunk_size, scal
     (B, T, H, K), (S, G), J = q.shape, k.shape[1:3], indices.shape[-1]
     strip = strip_of(J, chunk_size, _matrix_width())
     J += -J % strip
-    if J > min(LANES, strip * chunk_size):
-        raise NotImplementedError(
-            f"needs at most {min(LANES, strip * chunk_size)} slots, got {J}")
+    if J > (most := min(LANES, strip * chunk_size)):
+        raise NotImplementedError(f"needs at most {most} slots, got {J}")
     if S == 0:
         raise NotImplementedError("needs at least one chunk")
     R = H // G + -(H // G) % rows

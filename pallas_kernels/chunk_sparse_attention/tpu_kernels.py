@@ -55,6 +55,12 @@ class Plan:
         strips = range(1, max(1, limit // self.strip) + 1)
         return 1, self.strip * max(n for n in strips if self.strips % n == 0)
 
+    @property
+    def turns(self):
+        """In which the gradients of the queries that go together are added."""
+        queries, slots = self.added
+        return self.together * self.J // (queries * slots)
+
     def queries(self, step):
         """Those of a step."""
         return [step * self.together + n for n in range(self.together)]
@@ -83,6 +89,11 @@ class Plan:
     def first_value_lane(self):
         """Of the registers that hold the values."""
         return self.K - self.K % LANES
+
+    @property
+    def value_lanes(self):
+        """Of these registers."""
+        return self.width - self.first_value_lane
 
 
 def _power_of_two(limit):
@@ -260,8 +271,7 @@ def _backward_kernel(plan, indices_ref, *refs):
         for n, x in enumerate(p):
             ds[n][...] = (plan.scale * x[...] * (dp[n][...] - d[n])).astype(q_ref.dtype)
         _sum_of_products(slots, [x[...] for x in ds], slots.keys(kv_ref), dq_ref)
-        turns = plan.together // few * parts
-        lax.fori_loop(0, turns, functools.partial(add, slots.queries[0]), 0)
+        lax.fori_loop(0, plan.turns, functools.partial(add, slots.queries[0]), 0)
         return 0
 
     few, count = plan.added
@@ -304,13 +314,13 @@ def _specs(plan, q, kv):
                           pipeline_mode=pl.Buffered(1))
     R = q.shape[3]
     return dict(slots=slots, q=query(R, plan.key_lanes), kv=chunks,
-                o=query(R, plan.width - plan.first_value_lane), dweights=query(plan.lanes))
+                o=query(R, plan.value_lanes), dweights=query(plan.lanes))
 
 
 def forward(plan, q, kv, slots):
     """Of q [B, G, T, R, key lanes], kv [B, G, N, C, K + V] and slots [B, G, 1, T J]:
     o [B, G, T, R, value lanes], whose last V are the outputs."""
-    shapes = [jax.ShapeDtypeStruct((*q.shape[:4], plan.width - plan.first_value_lane), q.dtype)]
+    shapes = [jax.ShapeDtypeStruct((*q.shape[:4], plan.value_lanes), q.dtype)]
     inputs = ["slots"] * len(slots) + ["q", "kv"]
     return call(functools.partial(_forward_kernel, plan), "chunk_sparse_attention_forward",
                 _specs(plan, q, kv), inputs, ["o"], [*slots, q, kv], shapes, _grid(plan, q),

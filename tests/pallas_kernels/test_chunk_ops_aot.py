@@ -1,8 +1,5 @@
 """The TPU kernels of chunk_topk and chunk_sparse_attention, compiled for TPUs without one."""
 
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -70,11 +67,8 @@ def test_odd_attention_compiles(chip, change, mesh_of):
 @pytest.mark.parametrize("kernel", [
     "chunk_sparse_attention_forward", "chunk_sparse_attention_backward", "chunk_topk"])
 def test_nothing_is_spilled(kernel, chip):
-    """In a process of its own: libtpu reads once where to leave its schedules."""
-    code = ("from benchmarks.static_kernels_chunks import meter; "
-            f"print(meter({kernel!r}, {chip!r}, 'hsa-345m')['spills'])")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) == 0
+    call = f"meter({kernel!r}, {chip!r}, 'hsa-345m')"
+    assert test_aot_tpu.spills("static_kernels_chunks", call) == 0
 
 
 @pytest.mark.parametrize(
