@@ -18,7 +18,12 @@ from pallas_kernels.arguments import refuse_traced
 from pallas_kernels.dispatch import target_platform
 from pallas_kernels.documents import first_of_document
 from pallas_kernels.linear_attention import tpu_kernels
-from pallas_kernels.linear_attention.chunks import in_chunks, running_sum, within_documents
+from pallas_kernels.linear_attention.chunks import (
+    decay_gradient,
+    in_chunks,
+    running_sum,
+    within_documents,
+)
 from pallas_kernels.linear_attention.tpu_kernels import Plan
 from pallas_kernels.mosaic_tpu import LANES, flat
 
@@ -40,9 +45,9 @@ def linear_attention(q, k, v, decay, *, scale, initial_state, segments, output_f
         initial_state = jnp.zeros((B, H, K, V), jnp.float32)
     initial_state = jnp.pad(initial_state.astype(jnp.float32),
                             ((0, 0), (0, 0), (0, -K % LANES), (0, -V % LANES)))
-    total, rest = _running_decay(decay, plan, T, segments)
+    decays, total, rest = _running_decay(decay, plan, T, segments)
     weights = _weights(plan, lax.stop_gradient(decay), lax.stop_gradient(total), rest, segments)
-    o, state = _attend(plan, *padded, initial_state, jnp.asarray(total), weights)
+    o, state = _attend(plan, *padded, initial_state, jnp.asarray(decays), weights)
     return o.reshape(B, -1, H, V + -V % LANES)[:, :T, :, :V], state[..., :K, :V]
 
 
@@ -61,7 +66,7 @@ def _plan(T, H, K, V, dtype, scale, decay, segments, chunk_size):
 
 
 def _running_decay(decay, plan, T, segments):
-    """The running sum of the log decay in each chunk [B, H, N, C], and its rounding.
+    """The log decays of tokens [B, H, N, C], their running sum in each chunk, and its rounding.
 
     B is 1 if all rows agree.
     """
@@ -72,10 +77,11 @@ def _running_decay(decay, plan, T, segments):
     real = real.reshape(-1, 1, padded // C, C)
     if decay.ndim == 1:
         xp = np if segments is None else jnp
-        total = decay.astype(np.float32)[:, None, None] * xp.cumsum(real, axis=-1)
-        return total, np.zeros(1, np.float32)
+        decay = decay.astype(np.float32)[:, None, None]
+        return decay * real, decay * xp.cumsum(real, axis=-1), np.zeros(1, np.float32)
     decay = in_chunks(jnp.pad(decay.astype(jnp.float32), ((0, 0), (0, padded - T), (0, 0))), C)
-    return running_sum(jnp.where(real, decay, 0))
+    decay = jnp.where(real, decay, 0)
+    return decay, *running_sum(decay)
 
 
 def _weights(plan, decay, total, rest, segments):
@@ -110,17 +116,17 @@ def _weights(plan, decay, total, rest, segments):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan, q, k, v, initial_state, total, weights):
-    del total  # a name for the decay's gradient
+def _attend(plan, q, k, v, initial_state, decays, weights):
+    del decays  # a name for their gradient
     return tpu_kernels.forward(plan, q, k, v, initial_state, weights, keep_states=False)
 
 
-def _attend_forward(plan, q, k, v, initial_state, total, weights):
-    perturbed = total.perturbed
-    q, k, v, initial_state, total = (x.value for x in (q, k, v, initial_state, total))
+def _attend_forward(plan, q, k, v, initial_state, decays, weights):
+    perturbed = decays.perturbed
+    q, k, v, initial_state, decays = (x.value for x in (q, k, v, initial_state, decays))
     weights = jax.tree.map(lambda x: x.value, weights)
     o, state, states = tpu_kernels.forward(plan, q, k, v, initial_state, weights, keep_states=True)
-    rows = total.shape[:1] if perturbed else None
+    rows = decays.shape[:1] if perturbed else None
     return (o, state), (q, k, v, states, weights, jnp.zeros(rows) if perturbed else None)
 
 
@@ -128,15 +134,18 @@ def _attend_backward(plan, kept, gradients):
     q, k, v, states, weights, rows = kept
     do, dstate = (jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x
                   for x in gradients)
-    dq, dk, dv, dstate, *dtotal = tpu_kernels.backward(
+    dq, dk, dv, dstate, *passed = tpu_kernels.backward(
         plan, q, k, v, do, dstate, states, weights, decay_gradient=rows is not None)
-    if rows is not None:
-        [dtotal] = dtotal
-        B, N, G, heads, C = dtotal.shape
-        dtotal = dtotal.transpose(0, 2, 3, 1, 4).reshape(B, G * heads, N, C)
-        if len(rows) < B:
-            dtotal = dtotal.sum(0, keepdims=True)
-    return dq, dk, dv, dstate, dtotal if rows is not None else None, None
+    if rows is None:
+        return dq, dk, dv, dstate, None, None
+    [passed] = passed
+    B, N, G, _, C = passed.shape
+    passed = passed.reshape(B, N, G, 3, plan.heads, C).transpose(3, 0, 2, 4, 1, 5)
+    within, written, through = passed.reshape(3, B, G * plan.heads, N, C)
+    ddecays = decay_gradient(within, written, through[..., 0])
+    if len(rows) < B:
+        ddecays = ddecays.sum(0, keepdims=True)
+    return dq, dk, dv, dstate, ddecays, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)

@@ -75,16 +75,20 @@ class _Chunk(Chunk):
             first = self.column("first", 0, plan.chunk) if plan.packed else 0
             shown, hidden = (0.0, -jnp.inf) if plan.token_decay else (1.0, 0.0)
             self.scratch["visible"][...] = jnp.where(self.keys_ref[...] >= first, shown, hidden)
-        for head in range(plan.heads if plan.token_decay else 0):
-            difference = self.log_decay(head) + self.scratch["visible"][...]
-            self.scratch["decay"][head] = plan.scale * jnp.exp(difference)
+            for head in range(plan.heads):
+                self.scratch["decay"][head] = self.visible_decay(head)
+
+    def visible_decay(self, head):
+        """The decays from token to token, of those that the query may see."""
+        visible = self.scratch["visible"][...]
+        if self.plan.token_decay:
+            return self.plan.scale * jnp.exp(self.log_decay(head) + visible)
+        return self.intra_ref[head] * visible
 
     def intra(self, head):
         """The decays from token to token."""
-        if self.plan.token_decay:
-            return self.scratch["decay"][head]
-        intra = self.intra_ref[head]
-        return intra * self.scratch["visible"][...] if self.plan.packed else intra
+        kept = "decay" in self.scratch
+        return self.scratch["decay"][head] if kept else self.intra_ref[head]
 
 
 def _keys(C):
@@ -148,24 +152,28 @@ def _forward_kernel(plan, K, V, keep_states, *refs):
 def _backward_kernel(plan, K, V, decay_gradient, *refs):
     weights_refs, refs = refs[:plan.weights], refs[plan.weights:]
     (q_ref, k_ref, v_ref, do_ref, dlast_ref, states_ref,
-     dq_ref, dk_ref, dv_ref, dstate_ref, *dtotal_ref, keys_ref, scratch) = refs
+     dq_ref, dk_ref, dv_ref, dstate_ref, *passed_ref, keys_ref, scratch) = refs
     narrow = lambda x: x.astype(q_ref.dtype)
+    chunks = _chunks_of_step(plan, weights_refs, keys_ref, scratch)
 
     @pl.when(pl.program_id(2) == 0)
     def _():
-        dstate_ref[...] = dlast_ref[...]
+        for head in range(plan.heads):
+            dstate_ref[0, head] = dlast_ref[0, head]
+            chunks[-1].scratch["dafter"][head] = narrow(dlast_ref[0, head])
         keys_ref[...] = _keys(plan.chunk)
 
-    chunks = _chunks_of_step(plan, weights_refs, keys_ref, scratch)
     chunks[0].scratch["state"][...] = states_ref[0, 0]
     for chunk, after in itertools.zip_longest(chunks, chunks[1:]):
-        state, k = chunk.scratch["state"], chunk.scratch["k"]
+        k = chunk.scratch["k"]
         for head in range(plan.heads):
             k[head] = k_ref[chunk.at(head, K)].T
         for head in range(plan.heads if after else 0):
             k_write = narrow(k[head] * chunk.row("write", head))
-            written = dot(k_write, v_ref[chunk.at(head, V)], NN)
-            after.scratch["state"][head] = chunk.keep(head) * state[head] + written
+            after.scratch["state"][head] = dot(k_write, v_ref[chunk.at(head, V)], NN)
+    for chunk, after in itertools.pairwise(chunks):
+        for head in range(plan.heads):
+            after.scratch["state"][head] += chunk.keep(head) * chunk.scratch["state"][head]
 
     def first(chunk):
         chunk.prepare(("read", "write"))
@@ -174,34 +182,38 @@ def _backward_kernel(plan, K, V, decay_gradient, *refs):
             chunk.scratch["scores"][head] = dot(q_ref[at_k], k_ref[at_k], NT)
             chunk.scratch["e"][head] = dot(do_ref[at_v], v_ref[at_v], NT)
             chunk.scratch["q"][head] = q_ref[chunk.at(head, K, chunk.again)].T
+            if not decay_gradient:
+                k_write = narrow(chunk.scratch["k"][head] * chunk.row("write", head))
+                chunk.scratch["k_write"][head] = k_write.T
 
-    def both(a, b, weights, c, d):
-        """a b^T + weights . (c d^T) as one product; for a decay's gradient, the second term too."""
-        if not decay_gradient:
-            return dot(_beside(a, narrow(weights(V) * c)), _beside(b, d), NT), None
-        second = weights(K) * dot(c, d, NT)
-        return dot(a, b, NT) + second, second
+    def passed(name, chunk, head):
+        """What a decay's gradient is made of, as a row: see `decay_gradient` of `chunks.py`."""
+        at = ("within", "written", "through").index(name) * plan.heads + head
+        return passed_ref[0].at[0, chunk.index, 0, at:at + 1]
 
     def own(chunk, head):
         """What needs no gradient of a state."""
         at_k, at_v = chunk.at(head, K), chunk.at(head, V)
-        scores, e, k, p, narrow_e, state = (
-            chunk.scratch[name].at[head] for name in ("scores", "e", "k", "p", "narrow_e", "state"))
+        scores, e, q, k, p, narrow_e, e_transposed, state = (
+            chunk.scratch[name].at[head]
+            for name in ("scores", "e", "q", "k", "p", "narrow_e", "e_transposed", "state"))
         p[...] = narrow(scores[...] * chunk.intra(head)).T
         narrow_e[...] = narrow(e[...] * chunk.intra(head))
-        read = functools.partial(chunk.column, "read", head)
-        dq, dq_read = both(narrow_e[...], k[...], read, do_ref[at_v], narrow(state[...]))
+        e_transposed[...] = narrow_e[...].T
+        do_read = narrow(chunk.column("read", head, V) * do_ref[at_v])
+        dq = dot(_beside(narrow_e[...], do_read), _beside(k[...], narrow(state[...])), NT)
         dq_ref[at_k] = dq.astype(dq_ref.dtype)
         if decay_gradient:
             # What a token gives to itself would cancel but for rounding.
-            moments = strictly_lower(scores[...] * (e[...] * chunk.intra(head)))
-            chunk.scratch["reaching"][head] = _in_lanes(moments) + _in_lanes(dq_read * q_ref[at_k])
-            dtotal_ref[0][0, chunk.index, 0, head:head + 1] = -jnp.sum(
-                moments, axis=0, keepdims=True)
+            pairs = strictly_lower(scores[...] * (e[...] * chunk.intra(head)))
+            reads = q[...] * dot(narrow(state[...]), do_ref[at_v], NT)
+            passed("within", chunk, head)[...] = (
+                _sum(pairs.T - pairs) + chunk.row("read", head) * _sum(reads))
 
     def second(chunk):
-        q, p, e, state, dstate = (
-            chunk.scratch[name] for name in ("q", "p", "narrow_e", "state", "dstate"))
+        q, k, k_write, p, e_transposed, state, dstate, dafter = (
+            chunk.scratch[name] for name in (
+                "q", "k", "k_write", "p", "e_transposed", "state", "dstate", "dafter"))
         for head in range(plan.heads):
             own(chunk, head)
         for head in range(plan.heads):
@@ -209,47 +221,36 @@ def _backward_kernel(plan, K, V, decay_gradient, *refs):
             dstate[head] = dot(q_read, do_ref[chunk.at(head, V)], NN)
         for head in range(plan.heads):
             at_k, at_v = chunk.at(head, K), chunk.at(head, V)
-            dafter = dstate_ref[0, head]
-            write = functools.partial(chunk.column, "write", head)
-            dv = dot(_beside(p[head], narrow(write(K) * k_ref[at_k])),
-                     jnp.concatenate([do_ref[at_v], narrow(dafter)]), NN)
+            if decay_gradient:  # whose transposes leave no room for more
+                k_write[head] = narrow(chunk.column("write", head, K) * k_ref[at_k])
+            dv = dot(_beside(p[head], k_write[head]),
+                     jnp.concatenate([do_ref[at_v], dafter[head]]), NN)
             dv_ref[at_v] = dv.astype(dv_ref.dtype)
-            dk, dk_write = both(e[head].T, q[head], write, v_ref[at_v], narrow(dafter))
+            v_write = narrow(chunk.column("write", head, V) * v_ref[at_v])
+            dk = dot(_beside(e_transposed[head], v_write), _beside(q[head], dafter[head]), NT)
             dk_ref[at_k] = dk.astype(dk_ref.dtype)
-            dkept = chunk.keep(head) * dafter
-            dstate_ref[0, head] = dkept + dstate[head]
             if decay_gradient:
-                chunk.scratch["written"][head] = _in_lanes(dk_write * k_ref[at_k])
-                state[head] *= dkept
-        for head in range(plan.heads if decay_gradient else 0):
-            dtotal_ref[0][0, chunk.index, 0, head:head + 1] += _decay_gradient(
-                chunk.scratch["reaching"][head], chunk.scratch["written"][head],
-                jnp.sum(state[head]))
+                written = _sum(k[head] * dot(dafter[head], v_ref[at_v], NT))
+                passed("written", chunk, head)[...] = chunk.row("write", head) * written
+            dkept = chunk.keep(head) * dstate_ref[0, head]
+            dbefore = dkept + dstate[head]
+            dstate_ref[0, head] = dbefore
+            # Of the chunk before, which may be the last one of the next grid step.
+            chunks[chunk.index - 1].scratch["dafter"][head] = narrow(dbefore)
+            if decay_gradient:
+                through = _sum(_sum(state[head] * dkept).T)
+                passed("through", chunk, head)[...] = jnp.broadcast_to(through, (1, plan.chunk))
 
     _one_ahead(first, second, chunks[::-1])
 
 
-def _decay_gradient(reaching, written, kept):
-    """The gradient by the running decay of a chunk's tokens, as a row.
-
-    Of what reaches them and of what they write to the state: the sums of rows [C, LANES]. The last
-    one decays all that the state holds; what it writes itself would cancel but for rounding.
-    """
-    C = len(written)
-    written = jnp.where(lax.broadcasted_iota(jnp.int32, written.shape, 0) < C - 1, written, 0)
-    last = lax.broadcasted_iota(jnp.int32, (1, C), 1) == C - 1
-    row = jnp.sum((reaching - written).T, axis=0, keepdims=True)
-    return row + jnp.where(last, kept + jnp.sum(written), 0)
+def _sum(x):
+    """Over the rows."""
+    return jnp.sum(x, axis=0, keepdims=True)
 
 
 def _beside(*arrays):
     return jnp.concatenate(arrays, axis=1)
-
-
-def _in_lanes(x):
-    """[C, LANES] whose rows have the sums of those of x: one transpose then does for several."""
-    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % LANES)))
-    return sum(x[:, i:i + LANES] for i in range(0, x.shape[1], LANES))
 
 
 def _specs(plan, B, T, H, K, V, weights, block_of):
@@ -266,7 +267,7 @@ def _specs(plan, B, T, H, K, V, weights, block_of):
         K=at(K), V=at(V),
         state=pl.BlockSpec((1, heads, K, V), lambda h, b, n: (b, h, 0, 0)),
         states=pl.BlockSpec((1, 1, heads, K, V), lambda h, b, n: (b, block_of(n), h, 0, 0)),
-        dtotal=pl.BlockSpec((1, plan.chunks, 1, heads, C),
+        passed=pl.BlockSpec((1, plan.chunks, 1, 3 * heads, C),
                             lambda h, b, n: (b, block_of(n), h, 0, 0)),
     )
     return specs, ["rows"] if intra is None else ["rows", "intra"]
@@ -303,10 +304,9 @@ def backward(plan, q, k, v, do, dstate, states, weights, decay_gradient):
     outputs = ["K", "K", "V", "state"]
     if decay_gradient:
         shapes.append(jax.ShapeDtypeStruct(
-            (B, T // plan.chunk, H // plan.heads, plan.heads, plan.chunk), jnp.float32))
-        outputs.append("dtotal")
+            (B, T // plan.chunk, H // plan.heads, 3 * plan.heads, plan.chunk), jnp.float32))
+        outputs.append("passed")
     C = plan.chunk
-    sums = dict(reaching=(C, LANES), written=(C, LANES)) if decay_gradient else {}
     kernel = functools.partial(_backward_kernel, plan, K, V, decay_gradient)
     return call(
         kernel, "linear_attention_backward", specs,
@@ -314,7 +314,8 @@ def backward(plan, q, k, v, do, dstate, states, weights, decay_gradient):
         [x for x in weights if x is not None] + [q, k, v, do, dstate, states], shapes,
         (H // plan.heads, B, blocks), _scratch(
             plan, state=(K, V), q=(K, C, q.dtype), k=(K, C, q.dtype), scores=(C, C), e=(C, C),
-            p=(C, C, q.dtype), narrow_e=(C, C, q.dtype), dstate=(K, V), **sums),
+            p=(C, C, q.dtype), narrow_e=(C, C, q.dtype), e_transposed=(C, C, q.dtype),
+            k_write=(C, K, q.dtype), dstate=(K, V), dafter=(K, V, q.dtype)),
         vmem_limit_bytes=VMEM)
 
 
@@ -326,7 +327,6 @@ def _scratch(plan, **per_head):
     scratch = dict(columns=keep(C, LANES, number=plan.rows))
     if plan.token_decay or plan.packed:
         scratch["visible"] = pltpu.VMEM((plan.chunks, C, C), jnp.float32)
-    if plan.token_decay:
         scratch["decay"] = keep(C, C)
     scratch |= {name: keep(*shape) for name, shape in per_head.items()}
     return [pltpu.VMEM((C, C), jnp.float32), scratch]

@@ -30,8 +30,8 @@ TOLERANCES = {  # relative root mean square
     "bfloat16": dict(o=0.005, state=0.005, q=0.008, k=0.008, v=0.008, initial_state=0.008,
                      beta=0.02, decay=0.02),
 }
-# Drawn again: of the first draw the only two dbeta are sums of 96 terms near 1 that cancel to .01 and
-# .07, so that what float32 makes of them errs by 1e-6, 2e-5 of what they are measured by.
+# Drawn again: of the first draw the only two dbeta are sums of 96 terms near 1 that cancel to .01
+# and .07, so that what float32 makes of them errs by 1e-6, 2e-5 of what they are measured by.
 _AGAIN = {"T1-96x96-heads-1x1x2-decay-mixed-beta-one-packed-float32"}
 
 

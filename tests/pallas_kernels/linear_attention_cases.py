@@ -62,6 +62,8 @@ def name(case):
             f"{case['dtype']}")
 
 
+ALL = {name(case): case for values in itertools.product(*FACTORS.values())
+       for case in [dict(zip(FACTORS, values))]}
 TABLE = {name(case): case for case in pairwise(FACTORS, 150)}
 
 
@@ -100,39 +102,44 @@ def make(case):
     constant = case["decay"] == "constant"
     if not constant:
         arrays["decay"] = decay.astype(np.float32).astype(np.float64)
-    options = dict(segments=segments_of(case["documents"], T), chunk_size=CHUNK)
     weights = rounded(normal(B, T, H, V)), normal(B, H, K, V)
-    return arrays, weights, options, decay if constant else None
+    return arrays, weights, segments_of(case["documents"], T), tuple(decay) if constant else None
 
 
-def run(case, implementation):
-    """Outputs and the gradients by every array, in the case's dtype; of the oracle in f64."""
-    arrays, weights, options, decay = make(case)
-    oracle = implementation == "reference"
-    wide = np.float64 if oracle else np.float32
-    narrow = wide if oracle else case["dtype"]
+def run(case, implementation, wide=jnp.float32):
+    """Outputs and the gradients by every array, in the case's dtype or all in a wide one."""
+    arrays, weights, segments, constant = make(case)
+    narrow = case["dtype"] if wide == jnp.float32 else wide
     arrays = {key: jnp.asarray(x, narrow if key in "qkv" else wide) for key, x in arrays.items()}
-    fixed = {} if decay is None else {"decay": decay.astype(wide)}
+    weights = jnp.asarray(weights[0], narrow), jnp.asarray(weights[1], wide)
+    return _outputs_and_gradients(implementation, constant, arrays, weights, segments)
 
-    def loss(arrays, weights):
-        out = linear_attention(**arrays, **fixed, **options, output_final_state=True,
-                               implementation=implementation)
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _outputs_and_gradients(implementation, constant, arrays, weights, segments):
+    wide = weights[1].dtype
+    fixed = {} if constant is None else {"decay": np.array(constant, wide)}
+
+    def loss(arrays):
+        out = linear_attention(**arrays, **fixed, segments=segments, chunk_size=CHUNK,
+                               output_final_state=True, implementation=implementation)
         return sum((x * w).sum() for x, w in zip(out, weights)), out
 
-    weights = jnp.asarray(weights[0], narrow), jnp.asarray(weights[1], wide)
-    gradients, (o, state) = jax.jit(jax.grad(loss, has_aux=True))(arrays, weights)
+    gradients, (o, state) = jax.grad(loss, has_aux=True)(arrays)
     return {"o": o, "state": state} | {f"d{key}": x for key, x in gradients.items()}
 
 
-@functools.cache
+@functools.lru_cache(maxsize=len(TABLE))
 def expected(case_name):
+    """The oracle: the recurrence in float64."""
     with jax.enable_x64(True):
-        return {key: np.asarray(x) for key, x in run(TABLE[case_name], "reference").items()}
+        results = run(ALL[case_name], "reference", jnp.float64)
+        return {key: np.asarray(x) for key, x in results.items()}
 
 
 def assert_is_the_oracle(case_name, implementation):
     """Root mean squares of the errors, relative to the value or 1e-3 of the largest gradient."""
-    case, oracle = TABLE[case_name], expected(case_name)
+    case, oracle = ALL[case_name], expected(case_name)
     got = run(case, implementation)
     assert got.keys() == oracle.keys()
     rms = lambda x: np.sqrt(np.mean(np.asarray(x, np.float64) ** 2))

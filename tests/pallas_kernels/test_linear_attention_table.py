@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import tpu as pltpu
-from linear_attention_cases import FACTORS, TABLE, assert_is_the_oracle, pairwise
+from linear_attention_cases import ALL, FACTORS, TABLE, assert_is_the_oracle, pairwise
 
 from pallas_kernels.linear_attention import linear_attention, tpu, xla
 
@@ -18,6 +18,17 @@ def first(count):
 def test_xla(case, monkeypatch):
     monkeypatch.setattr(xla, "_SPAN", 2)  # three spans of the longest rows
     assert_is_the_oracle(case, "xla")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", sorted({"-".join(x.split("-")[:4]) for x in ALL}))
+def test_every_case(shape, monkeypatch):
+    monkeypatch.setattr(xla, "_SPAN", 2)
+    for case in ALL:
+        if case.startswith(f"{shape}-"):
+            for implementation in ("xla", "reference"):
+                assert_is_the_oracle(case, implementation)
+    jax.clear_caches()  # of all shapes they are more programs than a process can map
 
 
 @pytest.mark.parametrize("case", first(1))
