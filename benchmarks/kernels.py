@@ -38,7 +38,7 @@ from pallas_kernels.linear_attention.decay import alibi_slopes
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-IMPLEMENTATIONS = ("xla", "tpu", "gpu")
+IMPLEMENTATIONS = ("xla", "tpu", "gpu", "triton")
 CHUNK = 64  # tokens; of the arithmetic that is counted
 # Dense bf16 FLOP/s and bytes/s of NVIDIA's data sheets.
 GPUS = {

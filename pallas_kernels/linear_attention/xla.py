@@ -48,7 +48,7 @@ def linear_attention(q, k, v, decay, *, scale, initial_state, segments, output_f
     if decay.ndim == 1:
         intra, weights = _constant_decay(decay.astype(dtype), T, N, C, segments)
     else:
-        intra, weights = None, _token_decay(_chunks(decay.astype(dtype), N, C), segments)
+        intra, weights = None, _token_decay(_chunks(decay.astype(dtype), N, C), T, segments)
 
     q, k, v = (_chunks(x, N, C) for x in (q, k, v))
     state = None
@@ -118,12 +118,15 @@ def _constant_decay(decay, T, N, C, segments):
     return intra, _weights(decay * seen, segments)
 
 
-def _token_decay(decay, segments):
+def _token_decay(decay, T, segments):
     """Weights for a decay [B, H, N, C]."""
-    if segments is not None:
-        decay = jnp.where(segments != 0, decay, 0)
-    total, rest = running_sum(decay)
-    return _weights(total, segments, rest)._replace(sums=(total, rest))
+    real = segments != 0
+    if segments is None:
+        real = np.arange(decay[0, 0].size).reshape(decay.shape[2:]) < T
+    xp = np if segments is None else jnp
+    from_here = xp.flip(xp.cumsum(xp.flip(real, -1), axis=-1), -1)  # how many are real
+    total, rest = running_sum(jnp.where(real, decay, 0))
+    return _weights(total, segments, rest, last=from_here == real)._replace(sums=(total, rest))
 
 
 def _between(total, rest):
@@ -139,14 +142,17 @@ def _same_document(segments):
     return (segments[..., :, None] == segments[..., None, :]) & (segments != 0)[..., None]
 
 
-def _weights(total, segments, rest=0):
-    """Weights from the running sum of the decay [B, H, N, C]; `rest` is its rounding."""
+def _weights(total, segments, rest=None, last=None):
+    """Weights from the running sum of the decay [B, H, N, C]; `rest` is its rounding.
+
+    `last` tells tokens after which nothing decays in a chunk: their part of the decay's gradient,
+    the end's less their own, would cancel but for rounding.
+    """
     xp = np if isinstance(total, np.ndarray) else jnp
     end = total[..., -1:]
     left = end - total
-    if isinstance(rest, jax.Array):
-        own = np.arange(total.shape[-1]) == total.shape[-1] - 1
-        left = jnp.where(own, 0, left + (rest[..., -1:] - rest))
+    if rest is not None:
+        left = jnp.where(last, 0, left + (rest[..., -1:] - rest))
     read, write, keep = xp.exp(total), xp.exp(left), xp.exp(end)
     if segments is not None:
         read, write, keep = within_documents(segments, read, write, keep)
