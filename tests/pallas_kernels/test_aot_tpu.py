@@ -104,11 +104,14 @@ def spills(benchmark, call):
 @pytest.mark.slow
 @pytest.mark.parametrize("op, direction, chip, decay, most", [
     ("linear_attention", "forward", "v5e", "constant", 0),
-    ("linear_attention", "forward", "v5e", "packed", 0),
     ("linear_attention", "forward", "v5e", "token, packed", 0),
+    ("linear_attention", "forward", "v5p", "packed", 0),
     ("linear_attention", "forward", "v6e", "constant", 0),
-    ("linear_attention", "backward", "v5e", "constant", 50),  # 1300 where little waits in VMEM
-    ("linear_attention", "backward", "v6e", "constant", 200),
+    ("linear_attention", "backward", "v5e", "packed", 0),
+    ("linear_attention", "backward", "v5p", "constant", 0),
+    ("linear_attention", "backward", "v6e", "constant", 0),
+    ("linear_attention", "backward", "tpu7x", "constant", 0),
+    ("linear_attention", "backward", "v6e", "token, packed", 1500),
     ("gated_delta_rule", "forward", "v5e", "token, packed", 600),  # 1700
     ("gated_delta_rule", "forward", "v6e", "token, packed", 600),
 ])

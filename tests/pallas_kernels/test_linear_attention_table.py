@@ -9,6 +9,14 @@ from linear_attention_cases import ALL, FACTORS, TABLE, assert_is_the_oracle, pa
 from pallas_kernels.linear_attention import linear_attention, tpu, xla
 
 
+@pytest.fixture(autouse=True)
+def few_programs(request):
+    """Of all cases they are more than a process can map."""
+    yield
+    if request.node.get_closest_marker("slow"):
+        jax.clear_caches()
+
+
 def first(count):
     return [pytest.param(case, marks=() if i < count else pytest.mark.slow)
             for i, case in enumerate(TABLE)]
@@ -28,7 +36,6 @@ def test_every_case(shape, monkeypatch):
         if case.startswith(f"{shape}-"):
             for implementation in ("xla", "reference"):
                 assert_is_the_oracle(case, implementation)
-    jax.clear_caches()  # of all shapes they are more programs than a process can map
 
 
 @pytest.mark.parametrize("case", first(1))
