@@ -37,16 +37,17 @@ BLOCK = 1024  # tokens whose states the truth keeps at once
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--first", type=int, default=1024, help="length; then eight times as long")
-    parser.add_argument("--last", type=int, default=2**20)
+    parser.add_argument("--first", type=int, default=1024, help="no length is less")
+    parser.add_argument("--last", type=int, default=2**20,
+                        help="the longest; each other one is an eighth of the next")  # fmt: skip
     parser.add_argument("--implementation", default=None, help="default: the device's best")
     parser.add_argument("--output", default="docs/results/numerics.json")
     args = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
 
-    lengths = [args.first]
-    while 8 * lengths[-1] <= args.last:
-        lengths.append(8 * lengths[-1])
+    lengths = [args.last]
+    while lengths[0] >= 8 * args.first:
+        lengths.insert(0, lengths[0] // 8)
     rows = []
     for op in OPS:
         for decay in DECAYS:
