@@ -31,6 +31,11 @@ def strictly_lower(x):
     return jnp.where(j < i, x, 0.0)
 
 
+def sum_columns(x):
+    """[C, K] -> [1, K]."""
+    return jnp.sum(x, axis=0, keepdims=True)
+
+
 def as_column(row):
     """[1, C] -> [C, LANES], each number in all lanes."""
     return jnp.broadcast_to(row, (LANES, row.shape[1])).T

@@ -29,7 +29,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.gated_delta_rule import tpu_chunks
 from pallas_kernels.gated_delta_rule.tpu_chunks import Chunk, Plan
 from pallas_kernels.gated_delta_rule.tpu_triangular import lockstep, together
-from pallas_kernels.mosaic_tpu import LANES, NN, NT, VMEM, call, dot, strictly_lower
+from pallas_kernels.mosaic_tpu import LANES, NN, NT, VMEM, call, dot, strictly_lower, sum_columns
 
 
 def _forward_kernel(plan, K, V, keep_states, *refs):
@@ -199,13 +199,13 @@ def _backward_kernel(plan, K, V, *refs):
         chunk.add("dkk", key, refs["da"][head] * chunk.row("beta", head))
         yield
         da = refs["da"][head] * refs["kk"][key]
-        chunk.gradient("beta", head)[...] = _sum_columns(refs["between"][head] + da)
+        chunk.gradient("beta", head)[...] = sum_columns(refs["between"][head] + da)
         between = strictly_lower(refs["between"][head]) + da
         refs["between"][head] = between * chunk.row("beta", head)
         yield
         chunk.put("reaching", head, _sum_rows(refs["reaching"][head], refs["between"][head]))
         yield
-        chunk.gradient("reaching", head)[...] -= _sum_columns(refs["between"][head])
+        chunk.gradient("reaching", head)[...] -= sum_columns(refs["between"][head])
 
     def products(chunk):
         """The gradients of queries and keys, from those of their products."""
@@ -252,10 +252,6 @@ def _backward_kernel(plan, K, V, *refs):
         later = [chunk]
     lockstep([*of_all(systems, later), *map(products, later)])
     finish(*later)
-
-
-def _sum_columns(x):
-    return jnp.sum(x, axis=0, keepdims=True)
 
 
 def _sum_rows(*terms):

@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.mosaic_chunks import Chunk, Weights
-from pallas_kernels.mosaic_tpu import LANES, NN, NT, VMEM, call, dot, strictly_lower
+from pallas_kernels.mosaic_tpu import LANES, NN, NT, VMEM, call, dot, strictly_lower, sum_columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +208,7 @@ def _backward_kernel(plan, K, V, decay_gradient, *refs):
             pairs = strictly_lower(scores[...] * (e[...] * chunk.intra(head)))
             reads = q[...] * dot(narrow(state[...]), do_ref[at_v], NT)
             passed("within", chunk, head)[...] = (
-                _sum(pairs.T - pairs) + chunk.row("read", head) * _sum(reads))
+                sum_columns(pairs.T - pairs) + chunk.row("read", head) * sum_columns(reads))
 
     def second(chunk):
         q, k, k_write, p, e_transposed, state, dstate, dafter = (
@@ -230,7 +230,7 @@ def _backward_kernel(plan, K, V, decay_gradient, *refs):
             dk = dot(_beside(e_transposed[head], v_write), _beside(q[head], dafter[head]), NT)
             dk_ref[at_k] = dk.astype(dk_ref.dtype)
             if decay_gradient:
-                written = _sum(k[head] * dot(dafter[head], v_ref[at_v], NT))
+                written = sum_columns(k[head] * dot(dafter[head], v_ref[at_v], NT))
                 passed("written", chunk, head)[...] = chunk.row("write", head) * written
             dkept = chunk.keep(head) * dstate_ref[0, head]
             dbefore = dkept + dstate[head]
@@ -238,15 +238,10 @@ def _backward_kernel(plan, K, V, decay_gradient, *refs):
             # Of the chunk before, which may be the last one of the next grid step.
             chunks[chunk.index - 1].scratch["dafter"][head] = narrow(dbefore)
             if decay_gradient:
-                through = _sum(_sum(state[head] * dkept).T)
+                through = sum_columns(sum_columns(state[head] * dkept).T)
                 passed("through", chunk, head)[...] = jnp.broadcast_to(through, (1, plan.chunk))
 
     _one_ahead(first, second, chunks[::-1])
-
-
-def _sum(x):
-    """Over the rows."""
-    return jnp.sum(x, axis=0, keepdims=True)
 
 
 def _beside(*arrays):

@@ -104,9 +104,11 @@ def spills(benchmark, call):
 @pytest.mark.slow
 @pytest.mark.parametrize("op, direction, chip, decay, most", [
     ("linear_attention", "forward", "v5e", "constant", 0),
+    ("linear_attention", "forward", "v5e", "packed", 0),
     ("linear_attention", "forward", "v5e", "token, packed", 0),
     ("linear_attention", "forward", "v5p", "packed", 0),
     ("linear_attention", "forward", "v6e", "constant", 0),
+    ("linear_attention", "backward", "v5e", "constant", 0),
     ("linear_attention", "backward", "v5e", "packed", 0),
     ("linear_attention", "backward", "v5p", "constant", 0),
     ("linear_attention", "backward", "v6e", "constant", 0),
